@@ -1,0 +1,32 @@
+#pragma once
+
+// lora_linear: y = x Wᵀ + b + s·(x ∘ M) Aᵀ Bᵀ, where M is the multiplier of inverted dropout.
+// Each device provides forward, backward and mask under the dispatcher; lora_linear.cpp holds the
+// schema, the checks, the autograd formula and the same in plain ATen.
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include <ATen/core/Tensor.h>
+
+namespace gauge_ext {
+
+// What a kernel needs of a call, once the shapes are checked and the batch dimensions folded.
+struct LoraLinearSizes {
+  int64_t rows;          // N, the product of x's batch dimensions
+  int64_t in_features;   // K
+  int64_t out_features;  // M
+  int64_t rank;          // r
+};
+
+// Checks every argument of lora_linear and returns the sizes.
+LoraLinearSizes check_lora_linear(const at::Tensor& x,
+                                  const at::Tensor& weight,
+                                  const std::optional<at::Tensor>& bias,
+                                  const at::Tensor& lora_A,
+                                  const at::Tensor& lora_B,
+                                  double dropout_p,
+                                  const std::optional<at::Tensor>& seed);
+
+}  // namespace gauge_ext

@@ -1,0 +1,120 @@
+"""Every op in plain torch: the oracle of the kernels, and their stand-in where no build exists.
+
+The formulas are written for reading. They draw the very same dropout masks as the compiled kernels
+(``csrc/math/philox.h``), so that both can be compared element by element with dropout on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 4.3):
+# the multipliers and the Weyl constants that bump the key between rounds.
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_MASK32 = 0xFFFFFFFF
+
+# A block of 128 neighbouring columns is served by 16 counters; each yields four 32-bit words, that
+# is eight 16-bit draws. Column e of the block reads counter e % 16 and draw e // 16, so that sixteen
+# neighbours sit in the sixteen lanes of one vector register.
+_LANES = 16
+_DRAWS = 8
+_BLOCK = _LANES * _DRAWS
+
+
+def philox(counter: Tensor, key: Tensor) -> Tensor:
+    """Return Philox4x32-10 of each counter: four independent 32-bit words.
+
+    Args:
+        counter: ``(..., 4)`` int64, each entry in [0, 2**32).
+        key: ``()`` int64; its low and high 32 bits are the two key words.
+
+    Returns:
+        ``(..., 4)`` int64, each entry in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key & _MASK32, (key >> 32) & _MASK32
+    for _ in range(_ROUNDS):
+        # int64 products wrap modulo 2**64, which keeps the bits of the unsigned product.
+        low = c0 * _MULTIPLIERS[0]
+        high = c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((high >> 32) & _MASK32) ^ c1 ^ k0,
+            high & _MASK32,
+            ((low >> 32) & _MASK32) ^ c3 ^ k1,
+            low & _MASK32,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
+    return torch.stack((c0, c1, c2, c3), -1)
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """Return the number of 16-bit draws, out of 65,536, that drop an element.
+
+    ``dropout_p`` is so rounded to the nearest multiple of 2**-16; the scale of the kept elements is
+    computed from the rounded value, which keeps the expectation exact.
+    """
+    return round(dropout_p * 65536)
+
+
+def dropout_mask(rows: int, columns: int, dropout_p: float, seed: Tensor) -> Tensor:
+    """Return the multiplier of each element under inverted dropout, ``M / (1 - p)``.
+
+    The element in row n and column k depends on (seed, n, k) alone: not on the number of threads,
+    the instruction set or the device, and it can be drawn again in the backward pass.
+
+    Args:
+        rows: Number of rows n.
+        columns: Number of columns k.
+        dropout_p: Probability of zero, in [0, 1]; rounded to a multiple of 2**-16.
+        seed: ``()`` int64.
+
+    Returns:
+        ``(rows, columns)`` float64: 0 where dropped, ``65536 / (65536 - threshold)`` elsewhere.
+    """
+    threshold = dropout_threshold(dropout_p)
+    device = seed.device
+    blocks = -(-columns // _BLOCK)
+    lanes = torch.arange(blocks * _LANES, device=device)
+    row = torch.arange(rows, device=device)
+    counter = torch.stack(
+        (
+            lanes.expand(rows, -1),
+            (row & _MASK32)[:, None].expand(-1, blocks * _LANES),
+            (row >> 32)[:, None].expand(-1, blocks * _LANES),
+            torch.zeros((), dtype=torch.int64, device=device).expand(rows, blocks * _LANES),
+        ),
+        -1,
+    )
+    words = philox(counter, seed)  # (rows, blocks * lanes, 4)
+    draws = torch.stack((words & 0xFFFF, words >> 16), -1)  # (rows, blocks * lanes, 4, 2)
+    draws = draws.reshape(rows, blocks, _LANES, _DRAWS).transpose(-1, -2)
+    draws = draws.reshape(rows, blocks * _BLOCK)[:, :columns]
+    scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+    return (draws >= threshold).to(torch.float64) * scale
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return ``x Wᵀ + b + s·(x ∘ M/(1-p)) Aᵀ Bᵀ`` in plain torch; see :func:`ops.lora_linear`."""
+    y = F.linear(x, weight, bias)
+    if dropout_p > 0.0:
+        if seed is None:
+            raise ValueError("seed must be a 0-dim int64 tensor where dropout_p > 0, got None")
+        in_features = weight.shape[1]
+        rows = x.numel() // in_features if in_features else 0
+        mask = dropout_mask(rows, in_features, dropout_p, seed)
+        x = x * mask.to(x.dtype).reshape(x.shape)
+    hidden = F.linear(x.to(lora_A.dtype), lora_A)
+    return y + (scaling * F.linear(hidden, lora_B)).to(y.dtype)
