@@ -21,8 +21,8 @@ inline void check_matrix(const at::Tensor& tensor,
 }
 
 inline void check_same_device(const at::Tensor& tensor, const char* name, const at::Tensor& x) {
-  TORCH_CHECK(tensor.device() == x.device(), name, " must be on x's device, ", x.device(),
-              ", got ", tensor.device());
+  TORCH_CHECK(tensor.device() == x.device(), name, " must be on x's device, ", x.device(), ", got ",
+              tensor.device());
 }
 
 inline void check_same_dtype(const at::Tensor& tensor, const char* name, const at::Tensor& x) {

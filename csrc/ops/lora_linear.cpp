@@ -115,8 +115,7 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
                         const OptionalTensor& seed) {
     static const auto forward_op = find<ForwardSchema>("gauge_ext::lora_linear_forward");
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, hidden] =
-        forward_op.call(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed);
+    auto [y, hidden] = forward_op.call(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed);
     // The parameters live anyway: beyond them only x and the (N, r) product are kept.
     ctx->save_for_backward(
         {x, weight, lora_A, lora_B, hidden, seed.has_value() ? *seed : Tensor()});
@@ -146,16 +145,16 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
       return result;
     }
     if (at::GradMode::is_enabled()) {
-      const auto exact = differentiable_backward(grad, x, weight, lora_A, lora_B, scaling,
-                                                 dropout_p, seed);
+      const auto exact =
+          differentiable_backward(grad, x, weight, lora_A, lora_B, scaling, dropout_p, seed);
       result[0] = exact[0];
       result[3] = exact[1];
       result[4] = exact[2];
     } else {
       static const auto backward_op = find<BackwardSchema>("gauge_ext::lora_linear_backward");
-      auto [grad_x, grad_A, grad_B] = backward_op.call(
-          grad, x, weight, lora_A, lora_B, saved[4], scaling, dropout_p, seed, needs_x, needs_A,
-          needs_B);
+      auto [grad_x, grad_A, grad_B] =
+          backward_op.call(grad, x, weight, lora_A, lora_B, saved[4], scaling, dropout_p, seed,
+                           needs_x, needs_A, needs_B);
       result[0] = needs_x ? grad_x : Tensor();
       result[3] = needs_A ? grad_A : Tensor();
       result[4] = needs_B ? grad_B : Tensor();
@@ -251,8 +250,8 @@ LoraLinearSizes check_lora_linear(const Tensor& x,
   check_same_device(lora_A, "lora_A", x);
   check_same_device(lora_B, "lora_B", x);
   if (bias.has_value()) {
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features,
-                "bias must have shape [out] = [", out_features, "], got ", bias->sizes());
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, "bias must have shape [out] = [",
+                out_features, "], got ", bias->sizes());
     check_same_dtype(*bias, "bias", x);
     check_same_device(*bias, "bias", x);
   }
@@ -261,10 +260,10 @@ LoraLinearSizes check_lora_linear(const Tensor& x,
               lora_A.scalar_type());
   TORCH_CHECK(lora_B.scalar_type() == lora_A.scalar_type(), "lora_B must have lora_A's dtype, ",
               lora_A.scalar_type(), ", got ", lora_B.scalar_type());
-  TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_p must be in [0, 1], got ",
-              dropout_p);
+  TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_p must be in [0, 1], got ", dropout_p);
   if (dropout_p > 0.0) {
-    TORCH_CHECK(seed.has_value(), "seed must be a 0-dim int64 tensor where dropout_p > 0, got None");
+    TORCH_CHECK(seed.has_value(),
+                "seed must be a 0-dim int64 tensor where dropout_p > 0, got None");
     TORCH_CHECK(seed->dim() == 0 && seed->scalar_type() == at::kLong,
                 "seed must be a 0-dim int64 tensor, got ", seed->scalar_type(), " of shape ",
                 seed->sizes());

@@ -28,8 +28,8 @@ auto dispatch_dtype(const Tensor& x, const F& body) {
     case at::kBFloat16:
       return body(BFloat16Bits());
     default:
-      TORCH_CHECK(false, "x must be float32, float64 or bfloat16 on the CPU, got ",
-                  x.scalar_type(), "; convert the model, for example with model.float()");
+      TORCH_CHECK(false, "x must be float32, float64 or bfloat16 on the CPU, got ", x.scalar_type(),
+                  "; convert the model, for example with model.float()");
   }
 }
 
@@ -39,9 +39,8 @@ constexpr at::ScalarType acc_dtype() {
 }
 
 Dropout make_dropout(double dropout_p, const OptionalTensor& seed) {
-  return dropout_p > 0.0
-             ? Dropout::make(dropout_p, static_cast<uint64_t>(seed->item<int64_t>()))
-             : Dropout();
+  return dropout_p > 0.0 ? Dropout::make(dropout_p, static_cast<uint64_t>(seed->item<int64_t>()))
+                         : Dropout();
 }
 
 // Rows are cut into at most one piece a thread; the pieces depend on sizes and thread count alone,
@@ -80,35 +79,36 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x,
                                    const OptionalTensor& seed) {
   const auto [rows, in_features, out_features, rank] =
       check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p, seed);
-  return dispatch_dtype(x, [&, rows = rows, in_features = in_features,
-                            out_features = out_features,
-                            rank = rank](auto tag) -> std::tuple<Tensor, Tensor> {
-    using scalar_t = decltype(tag);
-    using acc_t = typename AccOf<scalar_t>::type;
-    const Dropout dropout = make_dropout(dropout_p, seed);
-    const auto& kernels = low_rank_kernels<scalar_t>();
+  return dispatch_dtype(
+      x,
+      [&, rows = rows, in_features = in_features, out_features = out_features,
+       rank = rank](auto tag) -> std::tuple<Tensor, Tensor> {
+        using scalar_t = decltype(tag);
+        using acc_t = typename AccOf<scalar_t>::type;
+        const Dropout dropout = make_dropout(dropout_p, seed);
+        const auto& kernels = low_rank_kernels<scalar_t>();
 
-    const Tensor x_rows = x.contiguous();
-    const Tensor y = at::linear(x_rows, weight, bias).contiguous();
-    const Tensor right_A = lora_A.to(acc_dtype<scalar_t>()).contiguous();      // (r, in)
-    const Tensor right_B = lora_B.to(acc_dtype<scalar_t>()).t().contiguous();  // (r, out)
-    const Tensor hidden = at::empty({rows, rank}, right_A.options());
+        const Tensor x_rows = x.contiguous();
+        const Tensor y = at::linear(x_rows, weight, bias).contiguous();
+        const Tensor right_A = lora_A.to(acc_dtype<scalar_t>()).contiguous();      // (r, in)
+        const Tensor right_B = lora_B.to(acc_dtype<scalar_t>()).t().contiguous();  // (r, out)
+        const Tensor hidden = at::empty({rows, rank}, right_A.options());
 
-    const auto* x_data = static_cast<const scalar_t*>(x_rows.const_data_ptr());
-    auto* y_data = static_cast<scalar_t*>(y.mutable_data_ptr());
-    const acc_t* A_data = right_A.const_data_ptr<acc_t>();
-    const acc_t* B_data = right_B.const_data_ptr<acc_t>();
-    acc_t* hidden_data = hidden.mutable_data_ptr<acc_t>();
-    Pieces(rows, (in_features + out_features) * rank)
-        .run([&](int64_t, int64_t first, int64_t count) {
-          acc_t* h = hidden_data + first * rank;
-          kernels.project(x_data + first * in_features, first, count, in_features, A_data, rank,
-                          dropout, h);
-          kernels.update(y_data + first * out_features, count, out_features, h, B_data, rank,
-                         static_cast<acc_t>(scaling));
-        });
-    return {y, hidden};
-  });
+        const auto* x_data = static_cast<const scalar_t*>(x_rows.const_data_ptr());
+        auto* y_data = static_cast<scalar_t*>(y.mutable_data_ptr());
+        const acc_t* A_data = right_A.const_data_ptr<acc_t>();
+        const acc_t* B_data = right_B.const_data_ptr<acc_t>();
+        acc_t* hidden_data = hidden.mutable_data_ptr<acc_t>();
+        Pieces(rows, (in_features + out_features) * rank)
+            .run([&](int64_t, int64_t first, int64_t count) {
+              acc_t* h = hidden_data + first * rank;
+              kernels.project(x_data + first * in_features, first, count, in_features, A_data, rank,
+                              dropout, h);
+              kernels.update(y_data + first * out_features, count, out_features, h, B_data, rank,
+                             static_cast<acc_t>(scaling));
+            });
+        return {y, hidden};
+      });
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad,
@@ -125,76 +125,77 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad,
                                             bool needs_B) {
   const auto [rows, in_features, out_features, rank] =
       check_lora_linear(x, weight, std::nullopt, lora_A, lora_B, dropout_p, seed);
-  TORCH_CHECK(grad.dim() == x.dim() && grad.size(-1) == out_features &&
-                  grad.numel() == rows * out_features,
-              "grad must have shape [*batch, out] = [*, ", out_features, "] to fit x ", x.sizes(),
-              ", got ", grad.sizes());
-  return dispatch_dtype(x, [&, rows = rows, in_features = in_features,
-                            out_features = out_features,
-                            rank = rank](auto tag) -> std::tuple<Tensor, Tensor, Tensor> {
-    using scalar_t = decltype(tag);
-    using acc_t = typename AccOf<scalar_t>::type;
-    const Dropout dropout = make_dropout(dropout_p, seed);
-    const auto& kernels = low_rank_kernels<scalar_t>();
+  TORCH_CHECK(
+      grad.dim() == x.dim() && grad.size(-1) == out_features && grad.numel() == rows * out_features,
+      "grad must have shape [*batch, out] = [*, ", out_features, "] to fit x ", x.sizes(), ", got ",
+      grad.sizes());
+  return dispatch_dtype(
+      x,
+      [&, rows = rows, in_features = in_features, out_features = out_features,
+       rank = rank](auto tag) -> std::tuple<Tensor, Tensor, Tensor> {
+        using scalar_t = decltype(tag);
+        using acc_t = typename AccOf<scalar_t>::type;
+        const Dropout dropout = make_dropout(dropout_p, seed);
+        const auto& kernels = low_rank_kernels<scalar_t>();
 
-    const Tensor grad_rows = grad.contiguous().view({rows, out_features});
-    const Tensor x_rows = x.contiguous();
-    const Tensor right_A = lora_A.to(acc_dtype<scalar_t>()).contiguous();      // (r, in)
-    const Tensor right_B = lora_B.to(acc_dtype<scalar_t>()).t().contiguous();  // (r, out)
-    const Tensor left = hidden.to(acc_dtype<scalar_t>()).contiguous();         // (N, r)
-    const auto options = right_A.options();
-    const Pieces pieces(rows, (in_features + out_features) * rank);
+        const Tensor grad_rows = grad.contiguous().view({rows, out_features});
+        const Tensor x_rows = x.contiguous();
+        const Tensor right_A = lora_A.to(acc_dtype<scalar_t>()).contiguous();      // (r, in)
+        const Tensor right_B = lora_B.to(acc_dtype<scalar_t>()).t().contiguous();  // (r, out)
+        const Tensor left = hidden.to(acc_dtype<scalar_t>()).contiguous();         // (N, r)
+        const auto options = right_A.options();
+        const Pieces pieces(rows, (in_features + out_features) * rank);
 
-    // One pass over g: s·g B, (N, r), and the sums of gᵀ h over each piece, kept as (r, out).
-    const Tensor grad_hidden = at::empty({rows, rank}, options);
-    const Tensor sums_B = at::zeros({pieces.count, rank, out_features}, options);
-    {
-      const auto* g_data = static_cast<const scalar_t*>(grad_rows.const_data_ptr());
-      const acc_t* B_data = right_B.const_data_ptr<acc_t>();
-      const acc_t* left_data = left.const_data_ptr<acc_t>();
-      acc_t* grad_hidden_data = grad_hidden.mutable_data_ptr<acc_t>();
-      acc_t* sums_data = sums_B.mutable_data_ptr<acc_t>();
-      const auto scale = static_cast<acc_t>(scaling);
-      pieces.run([&](int64_t piece, int64_t first, int64_t count) {
-        acc_t* gh = grad_hidden_data + first * rank;
-        if (needs_B) {
-          kernels.project_reduce(g_data + first * out_features, count, out_features, B_data,
-                                 left_data + first * rank, rank, gh,
-                                 sums_data + piece * rank * out_features);
-        } else {
-          kernels.project(g_data + first * out_features, first, count, out_features, B_data, rank,
-                          Dropout(), gh);
+        // One pass over g: s·g B, (N, r), and the sums of gᵀ h over each piece, kept as (r, out).
+        const Tensor grad_hidden = at::empty({rows, rank}, options);
+        const Tensor sums_B = at::zeros({pieces.count, rank, out_features}, options);
+        {
+          const auto* g_data = static_cast<const scalar_t*>(grad_rows.const_data_ptr());
+          const acc_t* B_data = right_B.const_data_ptr<acc_t>();
+          const acc_t* left_data = left.const_data_ptr<acc_t>();
+          acc_t* grad_hidden_data = grad_hidden.mutable_data_ptr<acc_t>();
+          acc_t* sums_data = sums_B.mutable_data_ptr<acc_t>();
+          const auto scale = static_cast<acc_t>(scaling);
+          pieces.run([&](int64_t piece, int64_t first, int64_t count) {
+            acc_t* gh = grad_hidden_data + first * rank;
+            if (needs_B) {
+              kernels.project_reduce(g_data + first * out_features, count, out_features, B_data,
+                                     left_data + first * rank, rank, gh,
+                                     sums_data + piece * rank * out_features);
+            } else {
+              kernels.project(g_data + first * out_features, first, count, out_features, B_data,
+                              rank, Dropout(), gh);
+            }
+            for (int64_t i = 0; i < count * rank; ++i) {
+              gh[i] *= scale;
+            }
+          });
         }
-        for (int64_t i = 0; i < count * rank; ++i) {
-          gh[i] *= scale;
+
+        // One pass over x and dx: dx = g W + (s·g B A) ∘ M, and the sums of dA = (s·g B)ᵀ (x ∘ M).
+        const Tensor grad_x = needs_x ? at::mm(grad_rows, weight) : at::empty({0}, x.options());
+        const Tensor sums_A = at::zeros({pieces.count, rank, in_features}, options);
+        if (needs_x || needs_A) {
+          const auto* x_data = static_cast<const scalar_t*>(x_rows.const_data_ptr());
+          auto* grad_x_data = needs_x ? static_cast<scalar_t*>(grad_x.mutable_data_ptr()) : nullptr;
+          const acc_t* A_data = right_A.const_data_ptr<acc_t>();
+          const acc_t* grad_hidden_data = grad_hidden.const_data_ptr<acc_t>();
+          acc_t* sums_data = sums_A.mutable_data_ptr<acc_t>();
+          pieces.run([&](int64_t piece, int64_t first, int64_t count) {
+            kernels.update_reduce(x_data + first * in_features,
+                                  needs_x ? grad_x_data + first * in_features : nullptr, first,
+                                  count, in_features, grad_hidden_data + first * rank, A_data, rank,
+                                  dropout, sums_data + piece * rank * in_features);
+          });
         }
-      });
-    }
 
-    // One pass over x and dx: dx = g W + (s·g B A) ∘ M, and the sums of dA = (s·g B)ᵀ (x ∘ M).
-    const Tensor grad_x = needs_x ? at::mm(grad_rows, weight) : at::empty({0}, x.options());
-    const Tensor sums_A = at::zeros({pieces.count, rank, in_features}, options);
-    if (needs_x || needs_A) {
-      const auto* x_data = static_cast<const scalar_t*>(x_rows.const_data_ptr());
-      auto* grad_x_data =
-          needs_x ? static_cast<scalar_t*>(grad_x.mutable_data_ptr()) : nullptr;
-      const acc_t* A_data = right_A.const_data_ptr<acc_t>();
-      const acc_t* grad_hidden_data = grad_hidden.const_data_ptr<acc_t>();
-      acc_t* sums_data = sums_A.mutable_data_ptr<acc_t>();
-      pieces.run([&](int64_t piece, int64_t first, int64_t count) {
-        kernels.update_reduce(x_data + first * in_features,
-                              needs_x ? grad_x_data + first * in_features : nullptr, first, count,
-                              in_features, grad_hidden_data + first * rank, A_data, rank, dropout,
-                              sums_data + piece * rank * in_features);
+        const Tensor grad_A =
+            needs_A ? sums_A.sum(0).to(lora_A.scalar_type()) : at::empty({0}, lora_A.options());
+        const Tensor grad_B =
+            needs_B ? (sums_B.sum(0).t() * scaling).to(lora_B.scalar_type()).contiguous()
+                    : at::empty({0}, lora_B.options());
+        return {needs_x ? grad_x.view(x.sizes()) : grad_x, grad_A, grad_B};
       });
-    }
-
-    const Tensor grad_A =
-        needs_A ? sums_A.sum(0).to(lora_A.scalar_type()) : at::empty({0}, lora_A.options());
-    const Tensor grad_B = needs_B ? (sums_B.sum(0).t() * scaling).to(lora_B.scalar_type()).contiguous()
-                                  : at::empty({0}, lora_B.options());
-    return {needs_x ? grad_x.view(x.sizes()) : grad_x, grad_A, grad_B};
-  });
 }
 
 Tensor lora_linear(const Tensor& x,

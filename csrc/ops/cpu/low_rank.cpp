@@ -7,11 +7,11 @@
 namespace gauge_ext {
 
 // One table per capability, defined by low_rank_kernel.cpp, which is compiled once for each.
-#define GAUGE_EXT_DECLARE_TABLES(CAPABILITY)                     \
-  namespace CAPABILITY {                                         \
-  extern const LowRankKernels<float> low_rank_float;             \
-  extern const LowRankKernels<double> low_rank_double;           \
-  extern const LowRankKernels<BFloat16Bits> low_rank_bfloat16;   \
+#define GAUGE_EXT_DECLARE_TABLES(CAPABILITY)                   \
+  namespace CAPABILITY {                                       \
+  extern const LowRankKernels<float> low_rank_float;           \
+  extern const LowRankKernels<double> low_rank_double;         \
+  extern const LowRankKernels<BFloat16Bits> low_rank_bfloat16; \
   }
 GAUGE_EXT_DECLARE_TABLES(DEFAULT)
 #ifdef GAUGE_EXT_HAS_AVX2
@@ -61,15 +61,15 @@ Capability capability() {
 #define GAUGE_EXT_CASE_AVX2(TABLE)
 #endif
 
-#define GAUGE_EXT_CHOOSE(SCALAR, TABLE)                     \
-  template <>                                               \
+#define GAUGE_EXT_CHOOSE(SCALAR, TABLE)                      \
+  template <>                                                \
   const LowRankKernels<SCALAR>& low_rank_kernels<SCALAR>() { \
-    switch (capability()) {                                 \
-      GAUGE_EXT_CASE_AVX512(TABLE)                          \
-      GAUGE_EXT_CASE_AVX2(TABLE)                            \
-      default:                                              \
-        return DEFAULT::TABLE;                              \
-    }                                                       \
+    switch (capability()) {                                  \
+      GAUGE_EXT_CASE_AVX512(TABLE)                           \
+      GAUGE_EXT_CASE_AVX2(TABLE)                             \
+      default:                                               \
+        return DEFAULT::TABLE;                               \
+    }                                                        \
   }
 GAUGE_EXT_CHOOSE(float, low_rank_float)
 GAUGE_EXT_CHOOSE(double, low_rank_double)

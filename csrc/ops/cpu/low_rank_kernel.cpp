@@ -53,11 +53,7 @@ void dot_tile(const acc_t* x, const acc_t* right, int64_t columns, acc_t* hidden
 }
 
 template <int ROWS, typename acc_t>
-void dot_rows(const acc_t* x,
-              const acc_t* right,
-              int64_t columns,
-              acc_t* hidden,
-              int64_t rank) {
+void dot_rows(const acc_t* x, const acc_t* right, int64_t columns, acc_t* hidden, int64_t rank) {
   int64_t j = 0;
   for (; j + kDotRank <= rank; j += kDotRank) {
     dot_tile<ROWS, kDotRank>(x, right + j * columns, columns, hidden + j, rank);
@@ -381,8 +377,8 @@ void update_reduce(const scalar_t* x,
     const acc_t* values = panel.read(x + row * columns, first_row + row, count);
     reduce_panel(values, count, columns, l, rank, sum);
     if (y != nullptr) {
-      update_panel<scalar_t, acc_t>(y + row * columns, panel.mask(), count, columns, l, right,
-                                    rank, acc_t(1));
+      update_panel<scalar_t, acc_t>(y + row * columns, panel.mask(), count, columns, l, right, rank,
+                                    acc_t(1));
     }
   });
 }
