@@ -280,7 +280,10 @@ def test_every_instruction_set_of_this_machine(capability: str) -> None:
         ({"x": torch.ones(2, 5)}, r"x must have shape \[\*batch, in\] = \[\*, 4\].*got \[2, 5\]"),
         ({"weight": torch.ones(3)}, r"weight must have shape \[out, in\], got \[3\]"),
         ({"bias": torch.ones(4)}, r"bias must have shape \[out\] = \[3\], got \[4\]"),
-        ({"lora_A": torch.ones(2, 5)}, r"lora_A must have shape \[r, in\] = \[2, 4\], got \[2, 5\]"),
+        (
+            {"lora_A": torch.ones(2, 5)},
+            r"lora_A must have shape \[r, in\] = \[2, 4\], got \[2, 5\]",
+        ),
         ({"lora_B": torch.ones(3, 1)}, r"lora_B must have shape \[out, r\] = \[3, 2\]"),
         ({"weight": torch.ones(3, 4).double()}, "weight must have x's dtype, Float, got Double"),
         ({"lora_A": torch.ones(2, 4).bfloat16()}, "lora_A must have x's dtype, Float, or float32"),
