@@ -38,46 +38,29 @@ struct Dropout {
   }
 };
 
-// The multipliers, 0 or scale, of all 128 columns of one block of one row.
-template <typename acc_t>
-GAUGE_EXT_HOST_DEVICE void dropout_block(const Dropout& dropout,
+// The four words, each two draws, of the counters `lane_counter` of one row.
+template <typename Multiply = MultiplyWide, typename Word>
+GAUGE_EXT_HOST_DEVICE void dropout_words(const Dropout& dropout,
                                          int64_t row,
-                                         int64_t block,
-                                         acc_t* multiplier) {
-  uint32_t words[4][kDropoutLanes];
-  for (int lane = 0; lane < kDropoutLanes; ++lane) {
-    words[0][lane] = static_cast<uint32_t>(block * kDropoutLanes + lane);
-    words[1][lane] = static_cast<uint32_t>(row);
-    words[2][lane] = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
-    words[3][lane] = 0;
-  }
-  philox4x32(words, dropout.seed);
-  const acc_t scale = static_cast<acc_t>(dropout.scale);
-  for (int word = 0; word < 4; ++word) {
-    acc_t* even = multiplier + (2 * word) * kDropoutLanes;
-    acc_t* odd = even + kDropoutLanes;
-    for (int lane = 0; lane < kDropoutLanes; ++lane) {
-      even[lane] = (words[word][lane] & 0xFFFFu) >= dropout.threshold ? scale : acc_t(0);
-    }
-    for (int lane = 0; lane < kDropoutLanes; ++lane) {
-      odd[lane] = (words[word][lane] >> 16) >= dropout.threshold ? scale : acc_t(0);
-    }
-  }
+                                         Word lane_counter,
+                                         Word (&words)[4]) {
+  const Word zero = {};
+  words[0] = lane_counter;
+  words[1] = zero + static_cast<uint32_t>(row);
+  words[2] = zero + static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
+  words[3] = zero;
+  philox4x32<Multiply>(words, dropout.seed);
 }
 
-// The multiplier of one element; the form that a thread of a GPU uses, and tests.
+// The multiplier of one element, 0 or scale.
 GAUGE_EXT_HOST_DEVICE double dropout_element(const Dropout& dropout, int64_t row, int64_t column) {
   const int64_t block = column / kDropoutBlock;
   const int element = static_cast<int>(column % kDropoutBlock);
-  uint32_t words[4][1] = {
-      {static_cast<uint32_t>(block * kDropoutLanes + element % kDropoutLanes)},
-      {static_cast<uint32_t>(row)},
-      {static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32)},
-      {0},
-  };
-  philox4x32(words, dropout.seed);
+  uint32_t words[4];
+  dropout_words(dropout, row,
+                static_cast<uint32_t>(block * kDropoutLanes + element % kDropoutLanes), words);
   const int draw = element / kDropoutLanes;
-  const uint32_t word = words[draw / 2][0];
+  const uint32_t word = words[draw / 2];
   const uint32_t value = draw % 2 ? word >> 16 : word & 0xFFFFu;
   return value >= dropout.threshold ? dropout.scale : 0.0;
 }

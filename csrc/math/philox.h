@@ -10,26 +10,38 @@
 
 namespace gauge_ext {
 
-// LANES counters at a time, word by word, so that a compiler turns each line into vector code.
-// On entry counter[i][lane] is word i of the lane's counter; on return it is output word i.
-template <int LANES>
-GAUGE_EXT_HOST_DEVICE void philox4x32(uint32_t (&counter)[4][LANES], uint64_t key) {
-  constexpr uint64_t kMultiplier0 = 0xD2511F53u;
-  constexpr uint64_t kMultiplier1 = 0xCD9E8D57u;
+// The 64-bit product of a constant and a word, in halves.
+struct MultiplyWide {
+  GAUGE_EXT_HOST_DEVICE void operator()(uint32_t factor,
+                                        uint32_t word,
+                                        uint32_t& high,
+                                        uint32_t& low) const {
+    const uint64_t product = static_cast<uint64_t>(factor) * word;
+    high = static_cast<uint32_t>(product >> 32);
+    low = static_cast<uint32_t>(product);
+  }
+};
+
+// Replaces the four words of a counter by four random ones. Word is uint32_t, or a vector of them
+// for as many counters at a time, with a Multiply that knows it (ops/cpu/vec.h).
+template <typename Multiply = MultiplyWide, typename Word>
+GAUGE_EXT_HOST_DEVICE void philox4x32(Word (&counter)[4], uint64_t key) {
+  constexpr uint32_t kMultiplier0 = 0xD2511F53u;
+  constexpr uint32_t kMultiplier1 = 0xCD9E8D57u;
   constexpr uint32_t kWeyl0 = 0x9E3779B9u;
   constexpr uint32_t kWeyl1 = 0xBB67AE85u;
   constexpr int kRounds = 10;
   uint32_t key0 = static_cast<uint32_t>(key);
   uint32_t key1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < kRounds; ++round) {
-    for (int lane = 0; lane < LANES; ++lane) {
-      const uint64_t low = kMultiplier0 * counter[0][lane];
-      const uint64_t high = kMultiplier1 * counter[2][lane];
-      counter[0][lane] = static_cast<uint32_t>(high >> 32) ^ counter[1][lane] ^ key0;
-      counter[1][lane] = static_cast<uint32_t>(high);
-      counter[2][lane] = static_cast<uint32_t>(low >> 32) ^ counter[3][lane] ^ key1;
-      counter[3][lane] = static_cast<uint32_t>(low);
-    }
+    const Multiply multiply_wide;
+    Word high0, low0, high1, low1;
+    multiply_wide(kMultiplier0, counter[0], high0, low0);
+    multiply_wide(kMultiplier1, counter[2], high1, low1);
+    counter[0] = high1 ^ counter[1] ^ key0;
+    counter[1] = low1;
+    counter[2] = high0 ^ counter[3] ^ key1;
+    counter[3] = low0;
     key0 += kWeyl0;
     key1 += kWeyl1;
   }

@@ -40,9 +40,9 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Apply a linear layer and its low-rank adapter (LoRA, arXiv:2106.09685, equation 3).
+    r"""Apply a linear layer and its low-rank adapter (LoRA, arXiv:2106.09685, equation 3).
 
-    .. math:: y = x W^T + b + s\\,(x \\circ M / (1 - p))\\, A^T B^T
+    .. math:: y = x W^T + b + s\,(x \circ M / (1 - p))\, A^T B^T
 
     Equivalent to::
 
@@ -50,8 +50,8 @@ def lora_linear(
         y = F.linear(x, weight, bias) + scaling * (dropped.to(A.dtype) @ A.T @ B.T).to(x.dtype)
 
     with a mask M that is drawn again in the backward pass instead of being kept (Philox4x32-10 on
-    the element's row and column, see :func:`gauge_ext.ops.reference.dropout_mask`). For the backward
-    pass only ``x`` and the ``(N, r)`` product of x with A are saved.
+    the element's row and column, see :func:`gauge_ext.ops.reference.dropout_mask`). Only ``x`` and
+    the ``(N, r)`` product of x with A are saved for the backward pass.
 
     Args:
         x: ``(*batch, in)``; float32, float64 or bfloat16 (others run on the plain-torch formula).
@@ -68,8 +68,8 @@ def lora_linear(
         ``(*batch, out)``, of x's dtype.
 
     Raises:
-        RuntimeError: A shape, dtype or device does not fit; the message names the argument, what was
-            expected and what came.
+        RuntimeError: A shape, dtype or device does not fit; the message names the argument, what
+            was expected and what came.
     """
     # torch.jit.trace, and with it the legacy ONNX exporter, gets operators that it can write down.
     if torch._C._get_tracing_state() is not None:

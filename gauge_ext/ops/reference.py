@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 4.3):
-# the multipliers and the Weyl constants that bump the key between rounds.
+# Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section
+# 4.3): the multipliers and the Weyl constants that bump the key between rounds.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _MASK32 = 0xFFFFFFFF
 
 # A block of 128 neighbouring columns is served by 16 counters; each yields four 32-bit words, that
-# is eight 16-bit draws. Column e of the block reads counter e % 16 and draw e // 16, so that sixteen
-# neighbours sit in the sixteen lanes of one vector register.
+# is eight 16-bit draws. Column e of the block reads counter e % 16 and draw e // 16, so that 16
+# neighbours sit in the 16 lanes of one vector register.
 _LANES = 16
 _DRAWS = 8
 _BLOCK = _LANES * _DRAWS

@@ -71,7 +71,7 @@ struct Problem {
     }
     return sum;
   }
-  double updated(int64_t i, int64_t c) const {
+  double expanded(int64_t i, int64_t c) const {
     double sum = 0;
     for (int64_t j = 0; j < rank; ++j) {
       sum += double(left[i * rank + j]) * right[j * columns + c];
@@ -104,13 +104,23 @@ void check_all(int64_t rows, int64_t columns, int64_t rank, const Dropout& dropo
   std::vector<acc_t> hidden_plain(rows * rank, -1), sum_plain(rank * columns, 3);
   kernels.project_reduce(p.x.data(), rows, columns, p.right.data(), p.left.data(), rank,
                          hidden_plain.data(), sum_plain.data());
-  std::vector<scalar_t> y = p.y, y_masked = p.y;
-  kernels.update(y.data(), rows, columns, p.left.data(), p.right.data(), rank, acc_t(0.5));
-  std::vector<acc_t> sum(rank * columns, 3);
-  kernels.update_reduce(p.x.data(), y_masked.data(), first_row, rows, columns, p.left.data(),
-                        p.right.data(), rank, dropout, sum.data());
+  std::vector<scalar_t> added = p.y, written = p.y, biased = p.y;
+  const std::vector<acc_t> bias = random<acc_t>(columns, 5);
+  kernels.expand(added.data(), true, nullptr, rows, columns, p.left.data(), p.right.data(), rank,
+                 acc_t(0.5));
+  kernels.expand(written.data(), false, nullptr, rows, columns, p.left.data(), p.right.data(), rank,
+                 acc_t(0.5));
+  kernels.expand(biased.data(), false, bias.data(), rows, columns, p.left.data(), p.right.data(),
+                 rank, acc_t(0.5));
+  std::vector<scalar_t> masked_added = p.y, masked_written = p.y;
+  std::vector<acc_t> sum(rank * columns, 3), sum_again(rank * columns, 3);
+  kernels.expand_reduce(p.x.data(), masked_added.data(), true, first_row, rows, columns,
+                        p.left.data(), p.right.data(), rank, dropout, sum.data());
+  kernels.expand_reduce(p.x.data(), masked_written.data(), false, first_row, rows, columns,
+                        p.left.data(), p.right.data(), rank, dropout, sum_again.data());
+  CHECK(sum == sum_again);
   std::vector<acc_t> sum_alone(rank * columns, 3);
-  kernels.update_reduce(p.x.data(), nullptr, first_row, rows, columns, p.left.data(),
+  kernels.expand_reduce(p.x.data(), nullptr, false, first_row, rows, columns, p.left.data(),
                         p.right.data(), rank, dropout, sum_alone.data());
   CHECK(sum == sum_alone);
 
@@ -120,10 +130,14 @@ void check_all(int64_t rows, int64_t columns, int64_t rank, const Dropout& dropo
       CHECK_CLOSE(hidden_plain[i * rank + j], plain.projected(i, j, 0), exact);
     }
     for (int64_t c = 0; c < columns; ++c) {
-      const double before = to_double(p.y[i * columns + c]), update = p.updated(i, c);
-      CHECK_CLOSE(to_double(y[i * columns + c]), before + 0.5 * update, stored);
-      CHECK_CLOSE(to_double(y_masked[i * columns + c]), before + update * p.mask(i, c, first_row),
-                  stored);
+      const int64_t at = i * columns + c;
+      const double before = to_double(p.y[at]), product = p.expanded(i, c);
+      CHECK_CLOSE(to_double(added[at]), before + 0.5 * product, stored);
+      CHECK_CLOSE(to_double(written[at]), 0.5 * product, stored);
+      CHECK_CLOSE(to_double(biased[at]), bias[c] + 0.5 * product, stored);
+      const double masked = product * p.mask(i, c, first_row);
+      CHECK_CLOSE(to_double(masked_added[at]), before + masked, stored);
+      CHECK_CLOSE(to_double(masked_written[at]), masked, stored);
     }
   }
   for (int64_t j = 0; j < rank; ++j) {

@@ -1,18 +1,20 @@
 // The generator against the known-answer vectors of the Random123 distribution, and the two forms
-// of the dropout mask, a block of columns at a time and one element, against each other.
+// of the dropout mask, whole rows by vector registers and one element, against each other.
 
 #include "math/dropout.h"
 
 #include <array>
+#include <vector>
 
 #include "check_main.h"
+#include "ops/cpu/low_rank.h"
 
 namespace {
 
 std::array<uint32_t, 4> draw(std::array<uint32_t, 4> counter, uint64_t key) {
-  uint32_t words[4][1] = {{counter[0]}, {counter[1]}, {counter[2]}, {counter[3]}};
+  uint32_t words[4] = {counter[0], counter[1], counter[2], counter[3]};
   gauge_ext::philox4x32(words, key);
-  return {words[0][0], words[1][0], words[2][0], words[3][0]};
+  return {words[0], words[1], words[2], words[3]};
 }
 
 TEST_CASE("philox gives the published words") {
@@ -23,18 +25,27 @@ TEST_CASE("philox gives the published words") {
         Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
 }
 
-TEST_CASE("a block of the mask equals its elements") {
-  const gauge_ext::Dropout dropout = gauge_ext::Dropout::make(0.3, 0x0123456789abcdefull);
-  for (const int64_t row : {int64_t(0), int64_t(5), (int64_t(1) << 33) + 7}) {
-    for (const int64_t block : {0, 1, 9}) {
-      double multipliers[gauge_ext::kDropoutBlock];
-      gauge_ext::dropout_block(dropout, row, block, multipliers);
-      for (int element = 0; element < gauge_ext::kDropoutBlock; ++element) {
-        const int64_t column = block * gauge_ext::kDropoutBlock + element;
-        REQUIRE(multipliers[element] == gauge_ext::dropout_element(dropout, row, column));
+template <typename scalar_t>
+void check_rows() {
+  using acc_t = typename gauge_ext::AccOf<scalar_t>::type;
+  const auto& kernels = gauge_ext::low_rank_kernels<scalar_t>();
+  const auto dropout = gauge_ext::Dropout::make(0.3, 0x0123456789abcdefull);
+  const int64_t rows = 3, columns = 300;
+  for (const int64_t first_row : {int64_t(0), int64_t(5), (int64_t(1) << 32) - 1}) {
+    std::vector<acc_t> mask(rows * columns);
+    kernels.mask(dropout, first_row, rows, columns, mask.data());
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t c = 0; c < columns; ++c) {
+        const double element = gauge_ext::dropout_element(dropout, first_row + i, c);
+        REQUIRE(mask[i * columns + c] == static_cast<acc_t>(element));
       }
     }
   }
+}
+
+TEST_CASE("rows of the mask, a register at a time, equal its elements") {
+  check_rows<float>();
+  check_rows<double>();
 }
 
 TEST_CASE("dropout rounds p and keeps the expectation") {

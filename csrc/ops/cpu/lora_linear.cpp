@@ -1,6 +1,7 @@
 #include "ops/lora_linear.h"
 
 #include <algorithm>
+#include <vector>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -69,6 +70,72 @@ struct Pieces {
   }
 };
 
+// What every pass over rows reads: the factors as (r, columns) in acc_t.
+struct Factors {
+  Tensor A;  // (r, in)
+  Tensor B;  // (r, out)
+
+  Factors(const Tensor& lora_A, const Tensor& lora_B, at::ScalarType dtype)
+      : A(lora_A.to(dtype).contiguous()), B(lora_B.to(dtype).t().contiguous()) {}
+};
+
+template <typename scalar_t>
+const scalar_t* data_of(const Tensor& tensor) {
+  return static_cast<const scalar_t*>(tensor.const_data_ptr());
+}
+
+template <typename scalar_t>
+scalar_t* mutable_data_of(const Tensor& tensor) {
+  return static_cast<scalar_t*>(tensor.mutable_data_ptr());
+}
+
+// In half precision the low-rank part is added to the finished product, in float32, and rounded
+// with it. In float32 and float64 it is written first, with the bias, and the product added onto it
+// by the matrix multiplication: one pass over (N, out) less.
+template <typename scalar_t>
+constexpr bool kExpandFirst = std::is_same_v<scalar_t, typename AccOf<scalar_t>::type>;
+
+// x: (N, in), contiguous. Returns y: (N, out) and hidden = (x ∘ M) Aᵀ: (N, r).
+template <typename scalar_t>
+std::tuple<Tensor, Tensor> forward_rows(const LoraLinearSizes& n,
+                                        const Tensor& x,
+                                        const Tensor& weight,
+                                        const OptionalTensor& bias,
+                                        const Factors& factors,
+                                        double scaling,
+                                        const Dropout& dropout) {
+  using acc_t = typename AccOf<scalar_t>::type;
+  const auto& kernels = low_rank_kernels<scalar_t>();
+  const Tensor hidden = at::empty({n.rows, n.rank}, factors.A.options());
+  const Tensor y = kExpandFirst<scalar_t> ? at::empty({n.rows, n.out_features}, x.options())
+                                          : at::linear(x, weight, bias).contiguous();
+  const acc_t* bias_data = nullptr;
+  Tensor dense_bias;
+  if constexpr (kExpandFirst<scalar_t>) {
+    if (bias.has_value()) {
+      dense_bias = bias->contiguous();
+      bias_data = data_of<acc_t>(dense_bias);
+    }
+  }
+  const scalar_t* x_data = data_of<scalar_t>(x);
+  scalar_t* y_data = mutable_data_of<scalar_t>(y);
+  const acc_t* A = data_of<acc_t>(factors.A);
+  const acc_t* B = data_of<acc_t>(factors.B);
+  acc_t* hidden_data = mutable_data_of<acc_t>(hidden);
+  Pieces(n.rows, (n.in_features + n.out_features) * n.rank)
+      .run([&](int64_t, int64_t first, int64_t count) {
+        acc_t* h = hidden_data + first * n.rank;
+        kernels.project(x_data + first * n.in_features, first, count, n.in_features, A, n.rank,
+                        dropout, h);
+        kernels.expand(y_data + first * n.out_features, !kExpandFirst<scalar_t>, bias_data, count,
+                       n.out_features, h, B, n.rank, static_cast<acc_t>(scaling));
+      });
+  if constexpr (kExpandFirst<scalar_t>) {
+    y.addmm_(x, weight.t());
+  }
+  return {y, hidden};
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& x,
                                    const Tensor& weight,
                                    const OptionalTensor& bias,
@@ -77,38 +144,93 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x,
                                    double scaling,
                                    double dropout_p,
                                    const OptionalTensor& seed) {
-  const auto [rows, in_features, out_features, rank] =
-      check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p, seed);
-  return dispatch_dtype(
-      x,
-      [&, rows = rows, in_features = in_features, out_features = out_features,
-       rank = rank](auto tag) -> std::tuple<Tensor, Tensor> {
-        using scalar_t = decltype(tag);
-        using acc_t = typename AccOf<scalar_t>::type;
-        const Dropout dropout = make_dropout(dropout_p, seed);
-        const auto& kernels = low_rank_kernels<scalar_t>();
+  const auto n = check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p, seed);
+  const Dropout dropout = make_dropout(dropout_p, seed);
+  const Tensor rows = x.contiguous().view({n.rows, n.in_features});
+  auto [y, hidden] = dispatch_dtype(x, [&](auto tag) {
+    using scalar_t = decltype(tag);
+    const Factors factors(lora_A, lora_B, acc_dtype<scalar_t>());
+    return forward_rows<scalar_t>(n, rows, weight, bias, factors, scaling, dropout);
+  });
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = n.out_features;
+  return {y.view(shape), hidden};
+}
 
-        const Tensor x_rows = x.contiguous();
-        const Tensor y = at::linear(x_rows, weight, bias).contiguous();
-        const Tensor right_A = lora_A.to(acc_dtype<scalar_t>()).contiguous();      // (r, in)
-        const Tensor right_B = lora_B.to(acc_dtype<scalar_t>()).t().contiguous();  // (r, out)
-        const Tensor hidden = at::empty({rows, rank}, right_A.options());
+// One pass over grad, (N, out): returns grad_hidden = s·grad B, (N, r), and grad_B = s·gradᵀ
+// hidden, (out, r), which has no elements where it is not wanted.
+template <typename scalar_t>
+std::tuple<Tensor, Tensor> backward_output(const LoraLinearSizes& n,
+                                           const Tensor& grad,
+                                           const Factors& factors,
+                                           const Tensor& hidden,
+                                           double scaling,
+                                           bool needs_B) {
+  using acc_t = typename AccOf<scalar_t>::type;
+  const auto& kernels = low_rank_kernels<scalar_t>();
+  const auto options = factors.B.options();
+  const Pieces pieces(n.rows, n.out_features * n.rank);
+  const Tensor grad_hidden = at::empty({n.rows, n.rank}, options);
+  const Tensor sums = at::zeros({needs_B ? pieces.count : 0, n.rank, n.out_features}, options);
+  const scalar_t* grad_data = data_of<scalar_t>(grad);
+  const acc_t* B = data_of<acc_t>(factors.B);
+  const acc_t* hidden_data = data_of<acc_t>(hidden);
+  acc_t* grad_hidden_data = mutable_data_of<acc_t>(grad_hidden);
+  acc_t* sums_data = mutable_data_of<acc_t>(sums);
+  pieces.run([&](int64_t piece, int64_t first, int64_t count) {
+    const scalar_t* g = grad_data + first * n.out_features;
+    acc_t* gh = grad_hidden_data + first * n.rank;
+    if (needs_B) {
+      kernels.project_reduce(g, count, n.out_features, B, hidden_data + first * n.rank, n.rank, gh,
+                             sums_data + piece * n.rank * n.out_features);
+    } else {
+      kernels.project(g, first, count, n.out_features, B, n.rank, Dropout(), gh);
+    }
+    for (int64_t i = 0; i < count * n.rank; ++i) {
+      gh[i] *= static_cast<acc_t>(scaling);
+    }
+  });
+  return {grad_hidden,
+          needs_B ? sums.sum(0).mul_(scaling).t().contiguous() : at::empty({0}, options)};
+}
 
-        const auto* x_data = static_cast<const scalar_t*>(x_rows.const_data_ptr());
-        auto* y_data = static_cast<scalar_t*>(y.mutable_data_ptr());
-        const acc_t* A_data = right_A.const_data_ptr<acc_t>();
-        const acc_t* B_data = right_B.const_data_ptr<acc_t>();
-        acc_t* hidden_data = hidden.mutable_data_ptr<acc_t>();
-        Pieces(rows, (in_features + out_features) * rank)
-            .run([&](int64_t, int64_t first, int64_t count) {
-              acc_t* h = hidden_data + first * rank;
-              kernels.project(x_data + first * in_features, first, count, in_features, A_data, rank,
-                              dropout, h);
-              kernels.update(y_data + first * out_features, count, out_features, h, B_data, rank,
-                             static_cast<acc_t>(scaling));
-            });
-        return {y, hidden};
-      });
+// One pass over x and grad_x, (N, in): grad_x = grad W + (grad_hidden A) ∘ M, and
+// grad_A = grad_hiddenᵀ (x ∘ M), (r, in); either has no elements where it is not wanted.
+template <typename scalar_t>
+std::tuple<Tensor, Tensor> backward_input(const LoraLinearSizes& n,
+                                          const Tensor& grad,
+                                          const Tensor& x,
+                                          const Tensor& weight,
+                                          const Factors& factors,
+                                          const Tensor& grad_hidden,
+                                          const Dropout& dropout,
+                                          bool needs_x,
+                                          bool needs_A) {
+  using acc_t = typename AccOf<scalar_t>::type;
+  const auto& kernels = low_rank_kernels<scalar_t>();
+  const auto options = factors.A.options();
+  const Tensor grad_x = !needs_x                 ? at::empty({0}, x.options())
+                        : kExpandFirst<scalar_t> ? at::empty({n.rows, n.in_features}, x.options())
+                                                 : at::mm(grad, weight);
+  const Pieces pieces(n.rows, n.in_features * n.rank);
+  const Tensor sums = at::zeros({pieces.count, n.rank, n.in_features}, options);
+  const scalar_t* x_data = data_of<scalar_t>(x);
+  scalar_t* grad_x_data = needs_x ? mutable_data_of<scalar_t>(grad_x) : nullptr;
+  const acc_t* A = data_of<acc_t>(factors.A);
+  const acc_t* grad_hidden_data = data_of<acc_t>(grad_hidden);
+  acc_t* sums_data = mutable_data_of<acc_t>(sums);
+  pieces.run([&](int64_t piece, int64_t first, int64_t count) {
+    kernels.expand_reduce(
+        x_data + first * n.in_features, needs_x ? grad_x_data + first * n.in_features : nullptr,
+        !kExpandFirst<scalar_t>, first, count, n.in_features, grad_hidden_data + first * n.rank, A,
+        n.rank, dropout, sums_data + piece * n.rank * n.in_features);
+  });
+  if constexpr (kExpandFirst<scalar_t>) {
+    if (needs_x) {
+      grad_x.addmm_(grad, weight);
+    }
+  }
+  return {grad_x, needs_A ? sums.sum(0) : at::empty({0}, options)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad,
@@ -123,79 +245,28 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad,
                                             bool needs_x,
                                             bool needs_A,
                                             bool needs_B) {
-  const auto [rows, in_features, out_features, rank] =
-      check_lora_linear(x, weight, std::nullopt, lora_A, lora_B, dropout_p, seed);
-  TORCH_CHECK(
-      grad.dim() == x.dim() && grad.size(-1) == out_features && grad.numel() == rows * out_features,
-      "grad must have shape [*batch, out] = [*, ", out_features, "] to fit x ", x.sizes(), ", got ",
-      grad.sizes());
-  return dispatch_dtype(
-      x,
-      [&, rows = rows, in_features = in_features, out_features = out_features,
-       rank = rank](auto tag) -> std::tuple<Tensor, Tensor, Tensor> {
-        using scalar_t = decltype(tag);
-        using acc_t = typename AccOf<scalar_t>::type;
-        const Dropout dropout = make_dropout(dropout_p, seed);
-        const auto& kernels = low_rank_kernels<scalar_t>();
-
-        const Tensor grad_rows = grad.contiguous().view({rows, out_features});
-        const Tensor x_rows = x.contiguous();
-        const Tensor right_A = lora_A.to(acc_dtype<scalar_t>()).contiguous();      // (r, in)
-        const Tensor right_B = lora_B.to(acc_dtype<scalar_t>()).t().contiguous();  // (r, out)
-        const Tensor left = hidden.to(acc_dtype<scalar_t>()).contiguous();         // (N, r)
-        const auto options = right_A.options();
-        const Pieces pieces(rows, (in_features + out_features) * rank);
-
-        // One pass over g: s·g B, (N, r), and the sums of gᵀ h over each piece, kept as (r, out).
-        const Tensor grad_hidden = at::empty({rows, rank}, options);
-        const Tensor sums_B = at::zeros({pieces.count, rank, out_features}, options);
-        {
-          const auto* g_data = static_cast<const scalar_t*>(grad_rows.const_data_ptr());
-          const acc_t* B_data = right_B.const_data_ptr<acc_t>();
-          const acc_t* left_data = left.const_data_ptr<acc_t>();
-          acc_t* grad_hidden_data = grad_hidden.mutable_data_ptr<acc_t>();
-          acc_t* sums_data = sums_B.mutable_data_ptr<acc_t>();
-          const auto scale = static_cast<acc_t>(scaling);
-          pieces.run([&](int64_t piece, int64_t first, int64_t count) {
-            acc_t* gh = grad_hidden_data + first * rank;
-            if (needs_B) {
-              kernels.project_reduce(g_data + first * out_features, count, out_features, B_data,
-                                     left_data + first * rank, rank, gh,
-                                     sums_data + piece * rank * out_features);
-            } else {
-              kernels.project(g_data + first * out_features, first, count, out_features, B_data,
-                              rank, Dropout(), gh);
-            }
-            for (int64_t i = 0; i < count * rank; ++i) {
-              gh[i] *= scale;
-            }
-          });
-        }
-
-        // One pass over x and dx: dx = g W + (s·g B A) ∘ M, and the sums of dA = (s·g B)ᵀ (x ∘ M).
-        const Tensor grad_x = needs_x ? at::mm(grad_rows, weight) : at::empty({0}, x.options());
-        const Tensor sums_A = at::zeros({pieces.count, rank, in_features}, options);
-        if (needs_x || needs_A) {
-          const auto* x_data = static_cast<const scalar_t*>(x_rows.const_data_ptr());
-          auto* grad_x_data = needs_x ? static_cast<scalar_t*>(grad_x.mutable_data_ptr()) : nullptr;
-          const acc_t* A_data = right_A.const_data_ptr<acc_t>();
-          const acc_t* grad_hidden_data = grad_hidden.const_data_ptr<acc_t>();
-          acc_t* sums_data = sums_A.mutable_data_ptr<acc_t>();
-          pieces.run([&](int64_t piece, int64_t first, int64_t count) {
-            kernels.update_reduce(x_data + first * in_features,
-                                  needs_x ? grad_x_data + first * in_features : nullptr, first,
-                                  count, in_features, grad_hidden_data + first * rank, A_data, rank,
-                                  dropout, sums_data + piece * rank * in_features);
-          });
-        }
-
-        const Tensor grad_A =
-            needs_A ? sums_A.sum(0).to(lora_A.scalar_type()) : at::empty({0}, lora_A.options());
-        const Tensor grad_B =
-            needs_B ? (sums_B.sum(0).t() * scaling).to(lora_B.scalar_type()).contiguous()
-                    : at::empty({0}, lora_B.options());
-        return {needs_x ? grad_x.view(x.sizes()) : grad_x, grad_A, grad_B};
-      });
+  const auto n = check_lora_linear(x, weight, std::nullopt, lora_A, lora_B, dropout_p, seed);
+  TORCH_CHECK(grad.dim() == x.dim() && grad.size(-1) == n.out_features &&
+                  grad.numel() == n.rows * n.out_features,
+              "grad must have shape [*batch, out] = [*, ", n.out_features, "] to fit x ", x.sizes(),
+              ", got ", grad.sizes());
+  const Dropout dropout = make_dropout(dropout_p, seed);
+  const Tensor grad_rows = grad.contiguous().view({n.rows, n.out_features});
+  const Tensor rows = x.contiguous().view({n.rows, n.in_features});
+  return dispatch_dtype(x, [&](auto tag) -> std::tuple<Tensor, Tensor, Tensor> {
+    using scalar_t = decltype(tag);
+    const Factors factors(lora_A, lora_B, acc_dtype<scalar_t>());
+    const Tensor left = hidden.to(acc_dtype<scalar_t>()).contiguous();
+    auto [grad_hidden, grad_B] =
+        backward_output<scalar_t>(n, grad_rows, factors, left, scaling, needs_B);
+    Tensor grad_x = at::empty({0}, x.options()), grad_A = at::empty({0}, lora_A.options());
+    if (needs_x || needs_A) {
+      std::tie(grad_x, grad_A) = backward_input<scalar_t>(n, grad_rows, rows, weight, factors,
+                                                          grad_hidden, dropout, needs_x, needs_A);
+    }
+    return {needs_x ? grad_x.view(x.sizes()) : grad_x, grad_A.to(lora_A.scalar_type()),
+            grad_B.to(lora_B.scalar_type())};
+  });
 }
 
 Tensor lora_linear(const Tensor& x,
@@ -216,17 +287,14 @@ Tensor dropout_mask(const Tensor& x, double dropout_p, const Tensor& seed) {
   const Dropout dropout = make_dropout(dropout_p, seed);
   const Tensor mask = at::empty(x.sizes(), x.options().dtype(at::kDouble));
   double* data = mask.mutable_data_ptr<double>();
-  at::parallel_for(0, rows, kGrain / std::max<int64_t>(columns, 1) + 1,
-                   [&](int64_t begin, int64_t end) {
-                     double block[kDropoutBlock];
-                     for (int64_t row = begin; row < end; ++row) {
-                       for (int64_t first = 0; first < columns; first += kDropoutBlock) {
-                         dropout_block(dropout, row, first / kDropoutBlock, block);
-                         const int64_t count = std::min<int64_t>(kDropoutBlock, columns - first);
-                         std::copy(block, block + count, data + row * columns + first);
-                       }
-                     }
-                   });
+  const auto& kernels = low_rank_kernels<double>();
+  Pieces(rows, columns).run([&](int64_t, int64_t first, int64_t count) {
+    if (dropout.active()) {
+      kernels.mask(dropout, first, count, columns, data + first * columns);
+    } else {
+      std::fill(data + first * columns, data + (first + count) * columns, 1.0);
+    }
+  });
   return mask.to(x.scalar_type());
 }
 

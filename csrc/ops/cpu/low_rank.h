@@ -3,13 +3,13 @@
 // The skinny products of a low-rank adapter, over row-major panels, free of torch. X is a panel of
 // `rows` rows of the (N, columns) matrix that starts at row `first_row` of it; the rank is small.
 //
-//   project   H   = (X ∘ M) Rᵀ               (rows, rank)
-//   update    Y  += scale · L R              (rows, columns)
-//   reduce    S  += Lᵀ (X ∘ M)               (rank, columns)
+//   project   H   = (X ∘ M) Rᵀ                         (rows, rank)
+//   expand    Y   = bias + scale · L R ∘ M, or Y +=     (rows, columns)
+//   reduce    S  += Lᵀ (X ∘ M)                          (rank, columns)
 //
 // R is (rank, columns), L is (rows, rank), M is the dropout multiplier. They are computed in acc_t
 // whatever the storage type is. Each pass over a large matrix does all that can be done with it
-// while it is in cache; that is why two of them are fused.
+// while it is in cache; that is why reduce comes fused with the other two.
 
 #include <cstdint>
 
@@ -44,8 +44,10 @@ struct LowRankKernels {
                   const Dropout& dropout,
                   acc_t* hidden);
 
-  // Y += scale · L R
-  void (*update)(scalar_t* y,
+  // Y = bias + scale · L R, or, where `add`, Y += scale · L R; bias may be null: zeros
+  void (*expand)(scalar_t* y,
+                 bool add,
+                 const acc_t* bias,
                  int64_t rows,
                  int64_t columns,
                  const acc_t* left,
@@ -63,9 +65,11 @@ struct LowRankKernels {
                          acc_t* hidden,
                          acc_t* sum);
 
-  // Y += (L R) ∘ M and S += Lᵀ (X ∘ M), with the mask drawn once; y may be null
-  void (*update_reduce)(const scalar_t* x,
+  // Y = L R ∘ M, or, where `add`, Y += L R ∘ M, and S += Lᵀ (X ∘ M), the mask drawn once; y may be
+  // null: S alone
+  void (*expand_reduce)(const scalar_t* x,
                         scalar_t* y,
+                        bool add,
                         int64_t first_row,
                         int64_t rows,
                         int64_t columns,
@@ -74,6 +78,13 @@ struct LowRankKernels {
                         int64_t rank,
                         const Dropout& dropout,
                         acc_t* sum);
+
+  // The multipliers M themselves, (rows, columns)
+  void (*mask)(const Dropout& dropout,
+               int64_t first_row,
+               int64_t rows,
+               int64_t columns,
+               acc_t* multiplier);
 };
 
 // The kernels for the instruction set that torch runs with: at::get_cpu_capability(), which the

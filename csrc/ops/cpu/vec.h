@@ -8,6 +8,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "ops/cpu/low_rank.h"
 
@@ -62,13 +67,67 @@ inline __attribute__((always_inline)) acc_t horizontal_sum(const Vec<acc_t>& val
   return sum;
 }
 
-// Rounds to nearest, ties to even; a NaN stays one instead of rounding up into infinity.
-inline __attribute__((always_inline)) uint16_t round_to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-  return static_cast<uint16_t>(is_nan ? 0x7FC0u : rounded);
+// Words of the random generator, as many as fit a register.
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t WideWords __attribute__((vector_size(kVectorBytes)));
+constexpr int kWords = kVectorBytes / static_cast<int>(sizeof(uint32_t));
+
+// The products of the even lanes; x86 has one instruction for them.
+inline __attribute__((always_inline)) WideWords multiply_even(uint32_t factor, WideWords words) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return reinterpret_cast<WideWords>(_mm512_mul_epu32(reinterpret_cast<__m512i>(words),
+                                                      _mm512_set1_epi32(static_cast<int>(factor))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return reinterpret_cast<WideWords>(_mm256_mul_epu32(reinterpret_cast<__m256i>(words),
+                                                      _mm256_set1_epi32(static_cast<int>(factor))));
+#elif defined(__x86_64__)
+  return reinterpret_cast<WideWords>(
+      _mm_mul_epu32(reinterpret_cast<__m128i>(words), _mm_set1_epi32(static_cast<int>(factor))));
+#else
+  return (words & 0xFFFFFFFFu) * factor;
+#endif
+}
+
+struct MultiplyWideWords {
+  inline __attribute__((always_inline)) void operator()(uint32_t factor,
+                                                        const Words& word,
+                                                        Words& high,
+                                                        Words& low) const {
+    constexpr uint64_t kHigh = 0xFFFFFFFF00000000u;
+    const WideWords pairs = reinterpret_cast<WideWords>(word);
+    const WideWords even = multiply_even(factor, pairs);
+    const WideWords odd = multiply_even(factor, pairs >> 32);
+    high = reinterpret_cast<Words>((even >> 32) | (odd & kHigh));
+    low = reinterpret_cast<Words>((even & ~kHigh) | (odd << 32));
+  }
+};
+
+// bfloat16 is the upper half of a float32. Rounds to nearest, ties to even; a NaN stays one instead
+// of rounding up into infinity.
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+
+inline __attribute__((always_inline)) Vec<float> load_bfloat16(const BFloat16Bits* from) {
+  HalfWords bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Words) << 16);
+}
+
+inline __attribute__((always_inline)) void store_bfloat16(BFloat16Bits* to,
+                                                          const Vec<float>& value) {
+  const Words bits = reinterpret_cast<Words>(value);
+  const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const Words is_nan = reinterpret_cast<Words>((bits & 0x7FFFFFFFu) > 0x7F800000u);
+  const Words chosen = (rounded & ~is_nan) | (is_nan & 0x7FC0u);
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256i narrow = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(chosen));
+#elif defined(CPU_CAPABILITY_AVX2)
+  // Packing works within each half of the register: the quarters come out as 0 0 2 2.
+  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(chosen), __m256i{});
+  const __m128i narrow = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
+#else
+  const HalfWords narrow = __builtin_convertvector(chosen, HalfWords);
+#endif
+  std::memcpy(to, &narrow, sizeof(narrow));
 }
 
 inline __attribute__((always_inline)) float to_acc(float value) {
@@ -84,25 +143,32 @@ inline __attribute__((always_inline)) float to_acc(BFloat16Bits value) {
   return result;
 }
 
-// y += value, in y's own precision
-inline __attribute__((always_inline)) void add_to(float* y, float value) {
-  *y += value;
+// Loads a vector in acc_t, and stores one, whatever the storage type.
+template <typename scalar_t, typename acc_t>
+inline __attribute__((always_inline)) Vec<acc_t> load_as(const scalar_t* from) {
+  if constexpr (std::is_same_v<scalar_t, BFloat16Bits>) {
+    return load_bfloat16(from);
+  } else {
+    return load<acc_t>(from);
+  }
 }
-inline __attribute__((always_inline)) void add_to(double* y, double value) {
-  *y += value;
-}
-inline __attribute__((always_inline)) void add_to(BFloat16Bits* y, float value) {
-  y->bits = round_to_bfloat16(to_acc(*y) + value);
+template <typename scalar_t, typename acc_t>
+inline __attribute__((always_inline)) void store_as(scalar_t* to, const Vec<acc_t>& value) {
+  if constexpr (std::is_same_v<scalar_t, BFloat16Bits>) {
+    store_bfloat16(to, value);
+  } else {
+    store<acc_t>(to, value);
+  }
 }
 
-// y[0 : width] += value
-template <typename acc_t>
-inline __attribute__((always_inline)) void add_vector(acc_t* y, const Vec<acc_t>& value) {
-  store<acc_t>(y, load<acc_t>(y) + value);
-}
-inline __attribute__((always_inline)) void add_vector(BFloat16Bits* y, const Vec<float>& value) {
-  for (int lane = 0; lane < kWidth<float>; ++lane) {
-    add_to(y + lane, value[lane]);
+template <typename scalar_t, typename acc_t>
+inline __attribute__((always_inline)) scalar_t from_acc(acc_t value) {
+  if constexpr (std::is_same_v<scalar_t, BFloat16Bits>) {
+    BFloat16Bits lanes[kWidth<float>];
+    store_bfloat16(lanes, Vec<float>{} + value);
+    return lanes[0];
+  } else {
+    return value;
   }
 }
 
