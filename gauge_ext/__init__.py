@@ -2,6 +2,30 @@
 
 from gauge_ext import ops
 from gauge_ext._version import __version__
+from gauge_ext.adapters import LoRAConfig, LoRALinear
+from gauge_ext.checkpoint import load_adapter, save_adapter
 from gauge_ext.errors import GaugeError
+from gauge_ext.models import (
+    adapter_parameters,
+    attach,
+    detach,
+    merge,
+    named_adapter_parameters,
+    unmerge,
+)
 
-__all__ = ["GaugeError", "__version__", "ops"]
+__all__ = [
+    "GaugeError",
+    "LoRAConfig",
+    "LoRALinear",
+    "__version__",
+    "adapter_parameters",
+    "attach",
+    "detach",
+    "load_adapter",
+    "merge",
+    "named_adapter_parameters",
+    "ops",
+    "save_adapter",
+    "unmerge",
+]

@@ -1,0 +1,217 @@
+"""What a LoRA adapter is: its rank, its scale, and the modules that it belongs to."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from gauge_ext.adapters import patterns
+from gauge_ext.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+
+Init = Literal["kaiming", "gaussian"]
+
+# The kernels and the plain-torch fallback compute in these; anything else (integers, float8) holds
+# codes of weights, not weights.
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    r"""The description of a LoRA adapter (arXiv:2106.09685); it checks itself.
+
+    The adapter adds :math:`\Delta W = s\,B A` to the weight of each module that it targets, with
+    ``lora_A`` = A of shape (rank, in), ``lora_B`` = B of shape (out, rank) and the scaling s.
+
+    Args:
+        rank: r, at least 1.
+        alpha: s = alpha / rank.
+        dropout: Probability, in [0, 1), with which training zeroes an input of the branch.
+        target_modules: Which modules: names (each a module's path or the end of it after a dot),
+            one regular expression for whole paths, or "all-linear": every ``nn.Linear`` but the
+            output embeddings.
+        exclude_modules: Names, or an expression, of modules that are left out all the same.
+        use_rslora: s = alpha / sqrt(rank) instead (rank-stabilised, arXiv:2312.03732).
+        rank_pattern: Ranks of modules that differ from ``rank``: expression for the end of a path
+            -> rank; the first that matches wins.
+        alpha_pattern: The same for ``alpha``.
+        layers_to_transform: Index or indices of the layers that get an adapter; None for all. Only
+            with a list of names.
+        layers_pattern: Name or names of the list that holds those layers, such as ``layers``.
+        init: "kaiming": A uniform in ±1/sqrt(in). "gaussian": A normal with deviation 1/rank. B is
+            zero in both, so that a fresh adapter changes nothing.
+        adapter_dtype: Dtype of A and B. None: float32 on half-precision bases, else the base's own.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM"; "SEQ_CLS" keeps the classifier's
+            head out of "all-linear".
+        base_model_name_or_path: Where the base comes from, kept for others.
+        extra: Fields of PEFT's config that mean nothing here and are written back as they came.
+
+    Raises:
+        ConfigError: A value cannot be used; the message names the field and what was expected.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    init: Init = "kaiming"
+    adapter_dtype: torch.dtype | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def keep(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        keep("rank", _rank("rank", self.rank))
+        keep("alpha", _finite("alpha", self.alpha))
+        keep("dropout", _finite("dropout", self.dropout))
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}.")
+        targets = _selector("target_modules", self.target_modules)
+        if targets is None:
+            raise ConfigError(
+                f"target_modules must name at least one module, got {self.target_modules!r}.",
+                hint=f'Give names such as ["query", "value"], or "{ALL_LINEAR}".',
+            )
+        keep("target_modules", targets)
+        keep("exclude_modules", _selector("exclude_modules", self.exclude_modules))
+        for name in ("task_type", "base_model_name_or_path"):
+            if not isinstance(getattr(self, name), str | None):
+                raise _wrong(name, "a string or None", getattr(self, name))
+        if not isinstance(self.use_rslora, bool):
+            raise _wrong("use_rslora", "True or False", self.use_rslora)
+        keep("rank_pattern", _table("rank_pattern", self.rank_pattern, _rank))
+        keep("alpha_pattern", _table("alpha_pattern", self.alpha_pattern, _finite))
+        self._check_layers(keep)
+        if self.init not in get_args(Init):
+            raise _wrong("init", " or ".join(map(repr, get_args(Init))), self.init)
+        if self.adapter_dtype is not None and self.adapter_dtype not in FLOAT_DTYPES:
+            raise _wrong("adapter_dtype", f"one of {FLOAT_DTYPES} or None", self.adapter_dtype)
+        if not isinstance(self.extra, Mapping):
+            raise _wrong("extra", "a mapping", self.extra)
+        keep("extra", dict(self.extra))
+
+    def _check_layers(self, keep: Any) -> None:
+        keep("layers_pattern", _selector("layers_pattern", self.layers_pattern))
+        layers: Any = self.layers_to_transform
+        if isinstance(layers, Iterable):
+            layers = tuple(layers) or None
+        keep("layers_to_transform", layers)
+        indices = layers if isinstance(layers, tuple) else () if layers is None else (layers,)
+        for index in indices:
+            if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+                raise _wrong("layers_to_transform", "an index or indices from 0 up", index)
+        if layers is None and self.layers_pattern is not None:
+            raise ConfigError(
+                f"layers_pattern ({self.layers_pattern!r}) needs layers_to_transform, got None."
+            )
+        if layers is not None and isinstance(self.target_modules, str):
+            raise ConfigError(
+                "layers_to_transform needs a list of names as target_modules, got the string "
+                f"{self.target_modules!r}.",
+                hint="Say the layers in the expression itself, or list names.",
+            )
+
+    def selects(self, name: str) -> bool:
+        """Say whether the module at path ``name`` is a target, whatever its type.
+
+        For "all-linear" every module is one that is not excluded: the types are the model's matter.
+        """
+        if self.exclude_modules is not None and patterns.selects(self.exclude_modules, name):
+            return False
+        if isinstance(self.target_modules, str):
+            return self.is_all_linear or patterns.selects(self.target_modules, name)
+        if name in self.target_modules:
+            return True
+        return patterns.selects(self.target_modules, name) and self._in_chosen_layer(name)
+
+    def _in_chosen_layer(self, name: str) -> bool:
+        layers = self.layers_to_transform
+        if layers is None:
+            return True
+        holders = self.layers_pattern or ()
+        index = patterns.layer_index(name, (holders,) if isinstance(holders, str) else holders)
+        return index is not None and index in ((layers,) if isinstance(layers, int) else layers)
+
+    @property
+    def is_all_linear(self) -> bool:
+        """Whether the targets are every ``nn.Linear`` but the output embeddings."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    def rank_for(self, name: str) -> int:
+        """Return the rank of the adapter on the module at path ``name``."""
+        return patterns.lookup(self.rank_pattern, name, self.rank)
+
+    def alpha_for(self, name: str) -> float:
+        """Return alpha of the adapter on the module at path ``name``."""
+        return patterns.lookup(self.alpha_pattern, name, self.alpha)
+
+    def scaling_for(self, name: str) -> float:
+        """Return s of the adapter on the module at path ``name``: alpha/r, or alpha/sqrt(r)."""
+        rank = self.rank_for(name)
+        return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _wrong(name: str, expected: str, got: object) -> ConfigError:
+    return ConfigError(f"{name} must be {expected}, got {got!r}.")
+
+
+def _rank(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong(name, "a whole number of at least 1", value)
+    return value
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _wrong(name, "a finite number", value)
+    return float(value)
+
+
+def _expression(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise _wrong(name, "a string that is not empty", value)
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ConfigError(f"{name} holds {value!r}, not a regular expression: {error}.") from error
+    return value
+
+
+def _selector(name: str, value: object) -> str | tuple[str, ...] | None:
+    """Return an expression or a tuple of names without repetition; None where nothing is named."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _expression(name, value)
+    if not isinstance(value, Iterable):
+        raise _wrong(name, "a string or a list of strings", value)
+    # A set has no order of its own; sorted, the same config is written the same way each time.
+    entries = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
+    for entry in entries:
+        if not isinstance(entry, str) or not entry:
+            raise _wrong(f"each name in {name}", "a string that is not empty", entry)
+    return tuple(dict.fromkeys(entries)) or None
+
+
+def _table(name: str, value: object, check: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _wrong(name, "a mapping from expressions to numbers", value)
+    return {
+        _expression(f"each key of {name}", key): check(f"{name}[{key!r}]", number)
+        for key, number in value.items()
+    }

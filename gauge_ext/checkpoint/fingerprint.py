@@ -1,0 +1,52 @@
+"""When two adapters are the same: a hash of what they compute."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from gauge_ext.adapters import LoRAConfig
+from gauge_ext.checkpoint.format import LoRAPair
+from gauge_ext.models import adapter_config, lora_layers
+
+
+def adapter_fingerprint(config: LoRAConfig, tensors: Mapping[str, LoRAPair]) -> str:
+    """Return the SHA-256 of an adapter's mathematics, in hexadecimal.
+
+    It covers, for every module in the order of their paths: the path, the scaling, and the shapes
+    and values of both factors. Values are hashed as float64, which holds those of every narrower
+    dtype exactly, so that an adapter is the same whether it is stored in bfloat16 or widened to
+    float32 for training. Notes in the config (task, base, dropout) are not part of it.
+    """
+    scalings = {name: config.scaling_for(name) for name in tensors}
+    return _digest(scalings, tensors)
+
+
+def adapter_sha256(model: nn.Module) -> str:
+    """Return the fingerprint of the adapters on ``model``: that of the folder they are saved to.
+
+    Raises:
+        AdapterStateError: No adapters are attached.
+    """
+    adapter_config(model)  # says what is wrong where nothing is attached
+    layers = lora_layers(model)
+    return _digest(
+        {name: layer.scaling for name, layer in layers.items()},
+        {name: LoRAPair(layer.lora_A, layer.lora_B) for name, layer in layers.items()},
+    )
+
+
+def _digest(scalings: Mapping[str, float], tensors: Mapping[str, LoRAPair]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}\0{scalings[name].hex()}\0".encode())
+        for factor in (tensors[name].lora_A, tensors[name].lora_B):
+            digest.update(f"{tuple(factor.shape)}\0".encode())
+            wide = factor.detach().to("cpu", torch.float64).contiguous()
+            # By address, since numpy, which torch needs for its own way, may be absent.
+            digest.update((ctypes.c_char * wide.nbytes).from_address(wide.data_ptr()))
+    return digest.hexdigest()

@@ -1,0 +1,188 @@
+"""From an adapter's folder onto a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from gauge_ext.adapters import LoRALinear
+from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
+from gauge_ext.errors import AdapterMismatchError, AdapterStateError, TargetError
+from gauge_ext.models.attach import attachment, detach, lora_layers, put_on, record, unwrap
+from gauge_ext.models.targets import blocker, nearest_hint
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def load_adapter(model: ModelT, path: str | os.PathLike[str], *, trainable: bool = True) -> ModelT:
+    """Put the adapter in a folder onto ``model``, in place; on a failure nothing is changed.
+
+    A bare model gets adapters on exactly the layers that the file names; everything else is frozen.
+    A model that has adapters of the same shape gets the file's values, scaling and config.
+
+    Args:
+        model: The base that the adapter was made for, bare or with such adapters.
+        path: The adapter's folder in PEFT's format.
+        trainable: Whether the adapters require gradients.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        AdapterFormatError: See :func:`~gauge_ext.checkpoint.read_adapter`, as for ConfigError and
+            NonFiniteError.
+        AdapterMismatchError: The adapter is for another model: unknown modules, other shapes,
+            another rank, or layers for which it has no weights.
+        TargetError: A layer that it names cannot carry an adapter.
+        AdapterStateError: The model's adapters are merged.
+    """
+    checkpoint = read_adapter(path)
+    inner = unwrap(model)
+    if present := lora_layers(inner):
+        _require_same(inner, checkpoint, present)
+        config = dataclasses.replace(
+            checkpoint.config, adapter_dtype=attachment(inner).config.adapter_dtype
+        )
+        record(inner, dataclasses.replace(attachment(inner), config=config))
+    else:
+        put_on(inner, checkpoint.config, _layers_for(inner, checkpoint), {})
+    try:
+        _fill(checkpoint, lora_layers(inner), trainable=trainable)
+    except BaseException:
+        if not present:
+            detach(inner)
+        raise
+    return model
+
+
+@torch.no_grad()
+def _fill(
+    checkpoint: AdapterCheckpoint, layers: Mapping[str, LoRALinear], *, trainable: bool
+) -> None:
+    for name, pair in checkpoint.tensors.items():
+        layer = layers[name]
+        layer.lora_A.copy_(pair.lora_A)
+        layer.lora_B.copy_(pair.lora_B)
+        layer.lora_A.requires_grad_(trainable)
+        layer.lora_B.requires_grad_(trainable)
+        layer.scaling = checkpoint.config.scaling_for(name)
+        layer.dropout_p = checkpoint.config.dropout
+
+
+def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn.Linear]:
+    """Return the layers of a bare model that the file names, if it fits them."""
+    modules = dict(model.named_modules())
+    if unknown := [name for name in checkpoint.tensors if name not in modules]:
+        raise _other_model(model, checkpoint, unknown)
+    layers: dict[str, nn.Linear] = {}
+    for name in checkpoint.tensors:
+        module = modules[name]
+        if reason := blocker(model, name, module):
+            raise TargetError(
+                f"{checkpoint.path} has an adapter for {name!r}, which cannot carry one: {reason}."
+            )
+        if isinstance(module, nn.Linear):
+            layers[name] = module
+    _require_shapes(checkpoint, layers)
+    missing = [
+        name
+        for name, module in modules.items()
+        if name
+        and name not in layers
+        and checkpoint.config.selects(name)
+        and blocker(model, name, module) is None
+    ]
+    # What "all-linear" leaves out differs between libraries, so there the file has the last word.
+    if missing and not checkpoint.config.is_all_linear:
+        raise AdapterMismatchError(
+            f"target_modules of {checkpoint.path} mean {len(missing)} more layers of this "
+            f"{type(model).__name__} than the file has weights for: {_some(missing)}.",
+            hint="It was made for a model with fewer layers, or is not complete."
+            + _base_note(checkpoint),
+        )
+    return layers
+
+
+def _require_shapes(checkpoint: AdapterCheckpoint, layers: Mapping[str, nn.Linear]) -> None:
+    for name, layer in layers.items():
+        pair = checkpoint.tensors[name]
+        theirs = (pair.lora_B.shape[0], pair.lora_A.shape[1])
+        ours = (layer.out_features, layer.in_features)
+        if theirs != ours:
+            raise AdapterMismatchError(
+                f"the adapter for {name!r} does not fit: it is for a weight of shape {theirs} "
+                f"(lora_A {tuple(pair.lora_A.shape)}, lora_B {tuple(pair.lora_B.shape)}), and the "
+                f"model's weight has shape {ours}.",
+                hint=f"It was made for a model of another size.{_base_note(checkpoint)}",
+            )
+
+
+def _require_same(
+    model: nn.Module, checkpoint: AdapterCheckpoint, layers: Mapping[str, LoRALinear]
+) -> None:
+    """Check that the adapters on the model have the names, shapes and ranks of the file's."""
+    attachment(model)  # says what is wrong where only a part of the model has adapters
+    if merged := [name for name, layer in layers.items() if layer.merged]:
+        raise AdapterStateError(
+            f"the model's adapters are merged, the first of them {merged[0]!r}.",
+            hint="Call gauge_ext.unmerge() before loading others.",
+        )
+    lacking = [name for name in layers if name not in checkpoint.tensors]
+    surplus = [name for name in checkpoint.tensors if name not in layers]
+    if lacking or surplus:
+        parts = [f"it has none for {_some(lacking)}"] if lacking else []
+        parts += [f"the model has none at {_some(surplus)}"] if surplus else []
+        raise AdapterMismatchError(
+            f"the adapters on the model are not those of {checkpoint.path}: {'; '.join(parts)}.",
+            hint="Call gauge_ext.detach() first, and load onto the bare model.",
+        )
+    _require_shapes(checkpoint, layers)
+    for name, layer in layers.items():
+        pair = checkpoint.tensors[name]
+        if layer.rank != pair.lora_A.shape[0]:
+            raise AdapterMismatchError(
+                f"the adapter at {name!r} has rank {layer.rank}, lora_A "
+                f"{tuple(layer.lora_A.shape)}, and that in {checkpoint.path} has rank "
+                f"{pair.lora_A.shape[0]}, lora_A {tuple(pair.lora_A.shape)}.",
+                hint="Call gauge_ext.detach() first, and load onto the bare model.",
+            )
+
+
+def _other_model(
+    model: nn.Module, checkpoint: AdapterCheckpoint, unknown: list[str]
+) -> AdapterMismatchError:
+    names = list(checkpoint.tensors)
+    modules = {name for name, _ in model.named_modules()}
+    hint = nearest_hint(model, dict.fromkeys(name.rpartition(".")[2] for name in unknown))
+    for module in modules:
+        holder = module.removesuffix(f".{names[0]}")
+        if holder != module and all(f"{holder}.{name}" in modules for name in names):
+            hint = f"They all fit the submodule {holder!r}: pass that to load_adapter."
+    holder = names[0].partition(".")[0]
+    if all(n.startswith(f"{holder}.") and n.partition(".")[2] in modules for n in names):
+        hint = (
+            f"They would all fit without {holder!r} in front: the adapter was made for a model "
+            "that holds this one under that name; load the base as that class."
+        )
+    return AdapterMismatchError(
+        f"{checkpoint.path} is for another model: {len(unknown)} of its {len(names)} modules are "
+        f"not in this {type(model).__name__}: {_some(unknown)}.",
+        hint=hint + _base_note(checkpoint),
+    )
+
+
+def _base_note(checkpoint: AdapterCheckpoint) -> str:
+    """Say what the adapter's config knows of its base."""
+    mapping = checkpoint.raw_config.get("auto_mapping")
+    kind = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    notes = [str(note) for note in (checkpoint.config.base_model_name_or_path, kind) if note]
+    return f" Its config names the base {', a '.join(notes)}." if notes else ""
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")

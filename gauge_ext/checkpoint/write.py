@@ -1,0 +1,150 @@
+"""Writing a model's adapters as PEFT would."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from gauge_ext._version import __version__
+from gauge_ext.adapters import LoRAConfig, LoRALinear, patterns
+from gauge_ext.checkpoint.fields import to_peft
+from gauge_ext.checkpoint.format import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, keys_of
+from gauge_ext.checkpoint.staging import staged_folder, write_bytes
+from gauge_ext.errors import AdapterStateError, ConfigError, NonFiniteError
+from gauge_ext.models import adapter_config, lora_layers
+from gauge_ext.models.attach import unwrap
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write the adapters of ``model`` to a folder in PEFT's format.
+
+    The folder gets ``adapter_config.json``, ``adapter_model.safetensors`` and, unless it has one,
+    a ``README.md``. It is written whole or not at all; an adapter that lies there is replaced.
+
+    Args:
+        model: A model with adapters, merged or not.
+        path: The folder; it is made if need be.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterStateError: No adapters are attached, or a layer was changed so that its config does
+            not describe it any more.
+        NonFiniteError: A factor holds NaN or infinity.
+        ConfigError: The config's ``extra`` holds what JSON cannot.
+        WriteError: The system refused a write; nothing is left or changed at ``path``.
+    """
+    inner = unwrap(model)
+    config = adapter_config(inner)
+    layers = lora_layers(inner)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        _check(name, layer, config)
+        for key, factor in zip(keys_of(name), (layer.lora_A, layer.lora_B), strict=True):
+            # A copy, since safetensors refuses factors that share their storage.
+            tensors[key] = factor.detach().to("cpu", copy=True).contiguous()
+    written = to_peft(describe(inner, config, layers))
+    if written["base_model_name_or_path"] is None:
+        written["base_model_name_or_path"] = vars(inner).get("name_or_path") or None
+    if written["task_type"] is None and written["auto_mapping"] is None:
+        kind = type(inner)
+        written["auto_mapping"] = {
+            "base_model_class": kind.__name__,
+            "parent_library": kind.__module__,
+        }
+    try:
+        text = json.dumps(written, indent=2, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"extra must hold what JSON can: {error}.") from error
+    content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    with staged_folder(path) as folder:
+        write_bytes(folder / CONFIG_NAME, text.encode())
+        write_bytes(folder / WEIGHTS_NAME, content)
+        if not (Path(path) / CARD_NAME).exists():
+            write_bytes(folder / CARD_NAME, _card(written, layers).encode())
+    return Path(path)
+
+
+def describe(model: nn.Module, config: LoRAConfig, layers: Collection[str]) -> LoRAConfig:
+    """Return ``config`` with targets that mean exactly ``layers`` to every reader.
+
+    "all-linear" is spelled out, as PEFT does: readers differ in what they leave out. The shortest
+    form is chosen that is exact: last parts of the paths, else whole paths, else an expression.
+    """
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    meant = {name for name in linear if config.selects(name)}
+    if not config.is_all_linear and meant == set(layers):
+        return config
+    names = [name for name, _ in model.named_modules() if name]
+    tails: dict[str, bool] = {}
+    for name in names:
+        tail = name.rpartition(".")[2]
+        tails[tail] = tails.get(tail, True) and name in layers
+    ends = [(name, name.rpartition(".")[2]) for name in layers]
+    targets: Sequence[str] = [tail if tails[tail] else name for name, tail in ends]
+    if {name for name in names if patterns.selects(targets, name)} != set(layers):
+        targets = "|".join(re.escape(name) for name in layers)
+    return dataclasses.replace(
+        config,
+        target_modules=targets,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+
+
+def _check(name: str, layer: LoRALinear, config: LoRAConfig) -> None:
+    described = (config.rank_for(name), config.scaling_for(name))
+    if (layer.rank, layer.scaling) != described:
+        raise AdapterStateError(
+            f"{name} has rank {layer.rank} and scaling {layer.scaling}, but its config says rank "
+            f"{described[0]} and scaling {described[1]}, so it cannot be saved.",
+            hint="Attach it with a config that says so (rank_pattern, alpha_pattern).",
+        )
+    for factor in ("lora_A", "lora_B"):
+        if not bool(getattr(layer, factor).isfinite().all()):
+            raise NonFiniteError(
+                f"{factor} of {name} holds NaN or infinity.", hint="Nothing was saved."
+            )
+
+
+def _card(written: dict[str, Any], layers: dict[str, LoRALinear]) -> str:
+    base = written["base_model_name_or_path"]
+    # A JSON string is a YAML string, whatever the name holds.
+    head = [f"base_model: {json.dumps(base)}"] if base else []
+    tags = [f"- {json.dumps(f'base_model:adapter:{base}')}"] if base else []
+    parameters = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values())
+    ranks = sorted({layer.rank for layer in layers.values()})
+    lines = [
+        "---",
+        *head,
+        "library_name: peft",
+        "tags:",
+        *tags,
+        "- lora",
+        "---",
+        "",
+        "# LoRA adapter",
+        "",
+        f"- Base model: {base or 'not recorded'}",
+        f"- Adapted layers: {len(layers)}",
+        f"- Rank: {', '.join(map(str, ranks))}",
+        f"- Alpha: {written['lora_alpha']}" + (" (rsLoRA)" if written["use_rslora"] else ""),
+        f"- Parameters: {parameters:,}",
+        f"- Written by: gauge_ext {__version__}",
+        "",
+        "It loads with `gauge_ext.load_adapter(model, folder)` or with PEFT's",
+        "`PeftModel.from_pretrained(model, folder)`.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,208 @@
+"""Putting adapters on a model's linear layers, and taking them off again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from torch import nn
+
+from gauge_ext.adapters import LoRAConfig, LoRALinear
+from gauge_ext.errors import AdapterStateError, ConfigError
+from gauge_ext.models import fast_path
+from gauge_ext.models.targets import find_targets, nearest_hint
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_KEY = "_gauge_ext_attachment"
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What was done to a model when adapters were put on it; it travels with copies and pickles.
+
+    Attributes:
+        config: The adapters' description.
+        names: Paths of the adapted layers.
+        skipped: Linear layers that "all-linear" left out -> why.
+        trainable: Names of the parameters that required gradients before.
+        switches: See :func:`gauge_ext.models.fast_path.suspend`.
+    """
+
+    config: LoRAConfig
+    names: tuple[str, ...]
+    skipped: Mapping[str, str]
+    trainable: frozenset[str]
+    switches: tuple[fast_path.Switch, ...]
+
+
+def attach(model: ModelT, config: LoRAConfig) -> ModelT:
+    """Put LoRA adapters on the linear layers that ``config`` means, in place.
+
+    Everything but the adapters is frozen; :func:`detach` restores the former ``requires_grad``.
+
+    Args:
+        model: Any module; one compiled by ``torch.compile`` counts as what it wraps.
+        config: Which layers, which rank, which scale.
+
+    Returns:
+        ``model``. :func:`attachment` tells what was adapted and what was left out.
+
+    Raises:
+        TargetError: No layer is meant, or one that is meant cannot carry an adapter.
+        AdapterStateError: The model, or a part of it, has adapters already.
+        ConfigError: ``config`` is no :class:`LoRAConfig`.
+    """
+    if not isinstance(config, LoRAConfig):
+        raise ConfigError(f"config must be a LoRAConfig, got a {type(config).__name__}.")
+    inner = unwrap(model)
+    require_bare(inner)
+    match = find_targets(inner, config)
+    if match.unmatched:
+        warnings.warn(
+            f"target_modules {list(match.unmatched)} match no module and were passed over. "
+            + nearest_hint(inner, match.unmatched),
+            stacklevel=2,
+        )
+    put_on(inner, config, match.layers, match.skipped)
+    return model
+
+
+def put_on(
+    model: nn.Module,
+    config: LoRAConfig,
+    layers: Mapping[str, nn.Linear],
+    skipped: Mapping[str, str],
+) -> None:
+    """Adapt exactly ``layers`` of a bare ``model``: all of them, or on any failure none."""
+    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    adapted: list[LoRALinear] = []
+    try:
+        for name, linear in layers.items():
+            adapted.append(
+                LoRALinear.from_linear(
+                    linear,
+                    rank=config.rank_for(name),
+                    scaling=config.scaling_for(name),
+                    dropout=config.dropout,
+                    init=config.init,
+                    dtype=config.adapter_dtype,
+                )
+            )
+    except BaseException:
+        for layer in adapted:
+            layer.to_linear()
+        raise
+    own = {id(p) for layer in adapted for p in (layer.lora_A, layer.lora_B)}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
+    switches = fast_path.suspend(model, layers)
+    record(model, Attachment(config, tuple(layers), dict(skipped), trainable, switches))
+
+
+def detach(model: ModelT) -> ModelT:
+    """Take the adapters off and leave the model as it was before :func:`attach`, bit for bit.
+
+    Weights, classes of the layers and ``requires_grad`` are as before. Of a model that was merged
+    with ``keep_base=False`` the base is gone: what stays is the merged model, in plain layers.
+
+    Raises:
+        AdapterStateError: No adapters were attached.
+    """
+    inner = unwrap(model)
+    done = attachment(inner)
+    for layer in lora_layers(inner).values():
+        if layer.can_unmerge:
+            layer.unmerge()
+        layer.to_linear()
+    for name, parameter in inner.named_parameters():
+        parameter.requires_grad_(name in done.trainable)
+    forget(inner)
+    return model
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return the adapted layers by path, in the model's order."""
+    return {n: m for n, m in unwrap(model).named_modules() if isinstance(m, LoRALinear)}
+
+
+def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return lora_A and lora_B of every adapted layer with their names in the model."""
+    return [
+        (f"{name}.{factor}" if name else factor, getattr(layer, factor))
+        for name, layer in lora_layers(model).items()
+        for factor in ("lora_A", "lora_B")
+    ]
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return lora_A and lora_B of every adapted layer: what an optimizer is to train."""
+    return [parameter for _, parameter in named_adapter_parameters(model)]
+
+
+def adapter_config(model: nn.Module) -> LoRAConfig:
+    """Return the config of the adapters on ``model``.
+
+    Raises:
+        AdapterStateError: No adapters were attached.
+    """
+    return attachment(model).config
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """Return what :func:`attach` did to ``model``.
+
+    Raises:
+        AdapterStateError: No adapters were attached to this very module.
+    """
+    inner = unwrap(model)
+    if (found := vars(inner).get(_KEY)) is not None:
+        return cast("Attachment", found)
+    for path, module in inner.named_modules():
+        if _KEY in vars(module):
+            raise AdapterStateError(
+                f"no adapters are attached to this {type(inner).__name__} itself.",
+                hint=f"They are on its submodule {path!r}: pass that.",
+            )
+    raise AdapterStateError(
+        f"no adapters are attached to this {type(inner).__name__}.",
+        hint="Call gauge_ext.attach() or gauge_ext.load_adapter() first.",
+    )
+
+
+def record(model: nn.Module, done: Attachment) -> None:
+    """Remember ``done`` on the model."""
+    setattr(model, _KEY, done)
+
+
+def forget(model: nn.Module) -> None:
+    """Undo :func:`record` on the model and below it, and switch fused paths on again."""
+    for module in model.modules():
+        if (done := vars(module).pop(_KEY, None)) is not None:
+            fast_path.restore(module, done.switches)
+
+
+def require_bare(model: nn.Module) -> None:
+    """Refuse a model that has adapters.
+
+    Raises:
+        AdapterStateError: It has.
+    """
+    if layers := lora_layers(model):
+        raise AdapterStateError(
+            f"the model has adapters already, on {len(layers)} layers, the first of them "
+            f"{next(iter(layers))!r}.",
+            hint="Call gauge_ext.detach() first.",
+        )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` wrapped, or ``model`` itself."""
+    # By its name: importing torch._dynamo for the class takes a second.
+    inner = model
+    while type(inner).__name__ == "OptimizedModule":
+        inner = cast("nn.Module", inner._orig_mod)
+    return inner

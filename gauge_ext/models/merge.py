@@ -1,0 +1,128 @@
+"""Adapter and base as one weight, and back: all layers of a model, or none."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+from torch import nn
+
+from gauge_ext.adapters import LoRALinear
+from gauge_ext.errors import AdapterStateError, NonFiniteError
+from gauge_ext.models.attach import forget, lora_layers, unwrap
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def merge(model: ModelT, *, safe: bool = True, keep_base: bool = True) -> ModelT:
+    """Put every adapter into its layer's weight: ``W + scaling * lora_B @ lora_A``, rounded once.
+
+    Each weight becomes a new Parameter; the old ones are never written to, so tied embeddings and
+    other models that share them stay as they are. On a failure nothing is changed.
+
+    Args:
+        model: A model with adapters.
+        safe: Refuse NaN and infinity.
+        keep_base: Keep the old weights for :func:`unmerge`, at the price of their memory.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        NonFiniteError: A weight, a factor or a sum holds NaN or infinity; the message names it.
+        AdapterStateError: There are no adapters, or some are merged already.
+    """
+    layers = _adapted(model)
+    if done := [name for name, layer in layers.items() if layer.merged]:
+        raise AdapterStateError(
+            f"{len(done)} of {len(layers)} adapted layers are merged already, the first of them "
+            f"{done[0]!r}.",
+            hint="Call gauge_ext.unmerge() first.",
+        )
+    _merge_layers(layers, safe=safe, keep_base=keep_base)
+    return model
+
+
+def unmerge(model: ModelT) -> ModelT:
+    """Put the base weights back: the very Parameters that :func:`merge` took out, bit for bit.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        AdapterStateError: No adapter is merged, or a base was not kept; nothing is changed then.
+    """
+    merged = {name: layer for name, layer in _adapted(model).items() if layer.merged}
+    if not merged:
+        raise AdapterStateError("the model is not merged.", hint="Call gauge_ext.merge() first.")
+    if lost := [name for name, layer in merged.items() if not layer.can_unmerge]:
+        raise AdapterStateError(
+            f"the base weight of {lost[0]!r} was not kept (keep_base=False), so the model cannot "
+            "be unmerged.",
+            hint="Load the base again.",
+        )
+    for layer in merged.values():
+        layer.unmerge()
+    return model
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Say whether any adapter of ``model`` is merged."""
+    return any(layer.merged for layer in lora_layers(model).values())
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """Return a copy with the adapters merged and gone; ``model`` is untouched.
+
+    The adapted layers of the copy are plain ``nn.Linear``. Parameters that no adapter changes share
+    their storage with those of ``model``; they are objects of their own, so converting or freezing
+    the copy leaves ``model`` alone, but writing to their elements does not. Buffers are copied. A
+    model without adapters is copied in the same way.
+
+    Raises:
+        NonFiniteError: A weight, a factor or a sum holds NaN or infinity; the message names it.
+        AdapterStateError: The model holds something that cannot be copied.
+    """
+    inner = unwrap(model)
+    memo: dict[int, object] = {}
+    kept = [w for layer in lora_layers(inner).values() if (w := layer.kept_weight) is not None]
+    for parameter in (*inner.parameters(), *kept):
+        # A subclass (quantised, distributed) knows best itself how it is copied.
+        if type(parameter) is nn.Parameter:
+            shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            memo[id(parameter)] = shared
+    try:
+        twin = copy.deepcopy(inner, memo)
+    except (RuntimeError, TypeError) as error:
+        raise AdapterStateError(
+            f"this {type(inner).__name__} cannot be copied: {error}",
+            hint="It holds an object that copy.deepcopy refuses; take that off the model first.",
+        ) from error
+    layers = lora_layers(twin)
+    unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
+    _merge_layers(unmerged, safe=True, keep_base=False)
+    for layer in layers.values():
+        layer.to_linear()
+    forget(twin)
+    return twin
+
+
+def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
+    layers = lora_layers(model)
+    if not layers:
+        raise AdapterStateError(
+            "the model has no adapters.",
+            hint="Call gauge_ext.attach() or gauge_ext.load_adapter() first.",
+        )
+    return layers
+
+
+def _merge_layers(layers: dict[str, LoRALinear], *, safe: bool, keep_base: bool) -> None:
+    merged = {}
+    for name, layer in layers.items():
+        try:
+            merged[name] = layer.merged_weight(safe=safe)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{name}: {error.message}", hint="Nothing was merged.") from error
+    for name, layer in layers.items():
+        layer.adopt_merged(merged[name], keep_base=keep_base)

@@ -1,0 +1,163 @@
+"""Which modules of a model an adapter's config means."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from gauge_ext.adapters import patterns
+from gauge_ext.adapters.config import LoRAConfig
+from gauge_ext.adapters.support import unsupported_reason
+from gauge_ext.errors import TargetError
+
+# Where transformers keeps the head of a sequence classifier, which "all-linear" leaves out for the
+# task SEQ_CLS, as PEFT does: a fresh head has to be trained whole.
+_CLASSIFIER_HEADS = ("score", "classifier")
+
+# The fused kernels of these architectures read the weight of out_proj and never call it.
+_MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+
+
+@dataclass(frozen=True)
+class TargetMatch:
+    """The modules that a config means in one model.
+
+    Attributes:
+        layers: The ``nn.Linear`` to be adapted, by path, in the model's order.
+        skipped: Linear layers that "all-linear" left out -> why.
+        unmatched: Names in ``target_modules`` that no module answers to.
+    """
+
+    layers: dict[str, nn.Linear]
+    skipped: dict[str, str]
+    unmatched: tuple[str, ...]
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
+    """Find the modules of ``model`` that ``config`` means, by PEFT's rules.
+
+    A module that is named but cannot carry an adapter is an error; "all-linear" leaves it out and
+    says so in ``skipped``.
+
+    Raises:
+        TargetError: No module is meant, or one that is meant cannot carry an adapter.
+    """
+    if isinstance(model, nn.Linear):
+        raise TargetError(
+            "the model itself is a linear layer, and adapters are named by their path below it.",
+            hint="Put it into an nn.Sequential, or use LoRALinear.from_linear.",
+        )
+    named = [(n, module) for n, module in model.named_modules() if n and config.selects(n)]
+    layers: dict[str, nn.Linear] = {}
+    skipped: dict[str, str] = {}
+    if config.is_all_linear:
+        heads = _output_layers(model, config)
+        for name, module in named:
+            # By its name, because transformers is not imported here.
+            if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+                continue
+            if reason := heads.get(module) or blocker(model, name, module):
+                skipped[name] = reason
+            elif isinstance(module, nn.Linear):
+                layers[name] = module
+    else:
+        for name, module in named:
+            if reason := blocker(model, name, module):
+                raise TargetError(
+                    f"target_modules {_shown(config)} names {name!r}, which cannot carry an "
+                    f"adapter: {reason}.",
+                    hint=_children_hint(name, module),
+                )
+            if isinstance(module, nn.Linear):
+                layers[name] = module
+    unmatched = _unmatched(model, config)
+    if not layers:
+        raise TargetError(
+            f"target_modules {_shown(config)} matches no module of {type(model).__name__} that "
+            f"can carry an adapter{_why_none(config, skipped)}.",
+            hint=nearest_hint(model, unmatched),
+        )
+    return TargetMatch(layers, skipped, unmatched)
+
+
+def blocker(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Say why the module at ``name`` in ``model`` cannot carry an adapter, or return None."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in _MAMBA_TYPES and name.rpartition(".")[2] == "out_proj":
+        return f"the fused kernels of {model_type} read its weight and never call it"
+    return unsupported_reason(module)
+
+
+def nearest_hint(model: nn.Module, wanted: Iterable[str]) -> str:
+    """Name the linear layers that come nearest to ``wanted``, and those that there are."""
+    paths = [n for n, m in model.named_modules() if n and unsupported_reason(m) is None]
+    if not paths:
+        return "The model has no nn.Linear."
+    tails = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    near = [
+        f"{name!r} may be {match!r}"
+        for name in wanted
+        for match in difflib.get_close_matches(name, [*tails, *paths], n=1)
+    ]
+    known = ", ".join(tails[:12]) + (", ..." if len(tails) > 12 else "")
+    return f"{'; '.join(near)}{'. ' if near else ''}Its linear layers end in: {known}."
+
+
+def _output_layers(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, str]:
+    reasons: dict[nn.Module, str] = {}
+    embeddings = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            embeddings[id(module.weight)] = name
+        getter = getattr(module, "get_output_embeddings", None)
+        head = getter() if callable(getter) else None
+        if isinstance(head, nn.Module):
+            reasons[head] = "it is the output embedding"
+    if not reasons and config.task_type == "SEQ_CLS":
+        for attribute in _CLASSIFIER_HEADS:
+            if isinstance(head := getattr(model, attribute, None), nn.Module):
+                reasons |= dict.fromkeys(head.modules(), "it is the classifier's head")
+                break
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and (tied := embeddings.get(id(module.weight))):
+            reasons.setdefault(module, f"it shares its weight with the embedding {tied!r}")
+    return reasons
+
+
+def _unmatched(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
+    if isinstance(config.target_modules, str):
+        return ()
+    names = [name for name, _ in model.named_modules()]
+    return tuple(
+        entry
+        for entry in config.target_modules
+        if not any(patterns.name_selects(entry, name) for name in names)
+    )
+
+
+def _shown(config: LoRAConfig) -> str:
+    targets = config.target_modules
+    return repr(targets) if isinstance(targets, str) else repr(list(targets))
+
+
+def _why_none(config: LoRAConfig, skipped: dict[str, str]) -> str:
+    limits = [
+        f"{name}={value!r}"
+        for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
+        if (value := getattr(config, name)) is not None
+    ]
+    left_out = [f"{name!r} was skipped: {reason}" for name, reason in list(skipped.items())[:3]]
+    notes = ([f"with {', '.join(limits)}"] if limits else []) + left_out
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def _children_hint(name: str, module: nn.Module) -> str:
+    inside = [
+        child for child, m in module.named_modules() if child and unsupported_reason(m) is None
+    ]
+    if inside:
+        return f"Name the layers inside it: {', '.join(inside[:6])}."
+    return f"Leave it out with exclude_modules=[{name!r}], or name the wanted modules more exactly."
