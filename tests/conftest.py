@@ -38,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         # torch's own compiler, when first used, imports what torch deprecates.
         r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning",
+        # torch's ONNX exporter asks torch's own trees in a way that torch deprecates.
+        r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",
         # PEFT asks transformers 5 under a name of transformers 4.
         r"ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     ):
