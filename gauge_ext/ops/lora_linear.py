@@ -54,7 +54,8 @@ def lora_linear(
     the ``(N, r)`` product of x with A are saved for the backward pass.
 
     Args:
-        x: ``(*batch, in)``; float32, float64 or bfloat16 (others run on the plain-torch formula).
+        x: ``(*batch, in)``; float32, float64 or bfloat16 on the CPU. On other devices, for which
+            there are no kernels, the plain-torch formula runs, with the same mask.
         weight: ``(out, in)``, of x's dtype.
         bias: ``(out)``, of x's dtype, or None.
         lora_A: ``(r, in)``, of x's dtype or float32.
@@ -71,8 +72,9 @@ def lora_linear(
         RuntimeError: A shape, dtype or device does not fit; the message names the argument, what
             was expected and what came.
     """
-    # torch.jit.trace, and with it the legacy ONNX exporter, gets operators that it can write down.
-    if torch._C._get_tracing_state() is not None:
+    # There are kernels for the CPU alone; other devices get the formula in their own operators. So
+    # does torch.jit.trace, and with it the legacy ONNX exporter, which writes them down.
+    if not (x.is_cpu or x.is_meta) or torch._C._get_tracing_state() is not None:
         return reference.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     return cast(Tensor, _op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed))
 

@@ -114,7 +114,7 @@ def lora_linear(
             raise ValueError("seed must be a 0-dim int64 tensor where dropout_p > 0, got None")
         in_features = weight.shape[1]
         rows = x.numel() // in_features if in_features else 0
-        mask = dropout_mask(rows, in_features, dropout_p, seed)
+        mask = dropout_mask(rows, in_features, dropout_p, seed.to(x.device))
         x = x * mask.to(x.dtype).reshape(x.shape)
     hidden = F.linear(x.to(lora_A.dtype), lora_A)
     return y + (scaling * F.linear(hidden, lora_B)).to(y.dtype)
