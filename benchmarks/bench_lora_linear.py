@@ -179,7 +179,7 @@ def main(
         for mode, p in (("forward", 0.0), ("step", 0.0), ("step", 0.1))
         for shape in (QUICK if quick else FULL)
     ]
-    console = Console()
+    console = Console(width=max(110, Console().width))
     rows = [
         measure(case, torch_dtype, rounds)
         for case in track(cases, description="Measuring", console=console, transient=True)

@@ -1,0 +1,214 @@
+"""A whole training step of a transformer: ours and PEFT's against the frozen base model.
+
+Adapters on every linear layer; the step is forward, backward and AdamW. The base model
+has nothing to train: its step is forward, and backward to the embeddings, which any adapter
+needs too. Times are measured side by side in one process, memory in a fresh process each.
+
+    python benchmarks/bench_model_step.py [--quick] [--model minilm] [--threads 1] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import peft
+import torch
+import transformers
+import typer
+from measure import interleaved, machine
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import gauge_ext
+
+BASE, OURS, PEFT = "frozen base", "gauge_ext", "PEFT"
+MODELS = ("minilm", "llama")
+RANK, ALPHA = 8, 16
+
+
+def build(model: str, quick: bool) -> nn.Module:
+    """Return the bare model: the shape of all-MiniLM-L6-v2, or of a Llama of 135M parameters."""
+    torch.manual_seed(0)
+    if model == "minilm":
+        bert = transformers.BertConfig(
+            hidden_size=384,
+            num_hidden_layers=2 if quick else 6,
+            num_attention_heads=12,
+            intermediate_size=1536,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        return transformers.BertModel(bert, add_pooling_layer=False)
+    llama = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=4 if quick else 30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    # The head over 49,152 words would outweigh the layers that carry adapters.
+    return transformers.LlamaModel(llama)
+
+
+def adapted(name: str, model: nn.Module, dropout: float) -> nn.Module:
+    """Return the model as ``name`` trains it."""
+    if name == OURS:
+        config = gauge_ext.LoRAConfig(rank=RANK, alpha=ALPHA, dropout=dropout)
+        return gauge_ext.attach(model, config)
+    if name == PEFT:
+        peft_config = peft.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear"
+        )
+        return peft.get_peft_model(model, peft_config)
+    return model.requires_grad_(False)
+
+
+def stepper(name: str, model: nn.Module, tokens: Tensor) -> Callable[[], object]:
+    """Return one training step of ``model`` as a function."""
+    model.train()
+    embedding = model.get_input_embeddings()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
+
+    def step() -> None:
+        # In every model the embeddings ask for gradients, as they do under gradient checkpointing,
+        # so that all of them run backward through the same layers.
+        embedded = embedding(tokens).detach().requires_grad_()
+        hidden = model(inputs_embeds=embedded).last_hidden_state
+        hidden.square().mean().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert (name == BASE) == (optimizer is None)
+    return step
+
+
+def saved_bytes(step: Callable[[], object], model: nn.Module) -> int:
+    """Return the bytes kept for backward in one step, parameters left out, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            # Holding the tensor keeps its address from being given to another.
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(size for size, _ in kept.values())
+
+
+def peak_growth(
+    name: str, model: str, quick: bool, dropout: float, shape: tuple[int, int], threads: int
+) -> int:
+    """Return how far three steps raise the peak memory of this process, in bytes."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    tokens = torch.randint(1000, shape, generator=torch.Generator().manual_seed(1))
+    step = stepper(name, adapted(name, build(model, quick), dropout), tokens)
+    # A new program starts with its parent's peak on its account; 5 sets it to what is resident.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    for _ in range(3):
+        step()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """Return VmRSS, the memory resident now, or VmHWM, its peak, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measure(
+    model: str, quick: bool, dropout: float, shape: tuple[int, int], threads: int, rounds: int
+) -> dict[str, Any]:
+    """Return the figures of one model at one dropout."""
+    tokens = torch.randint(1000, shape, generator=torch.Generator().manual_seed(1))
+    names = (BASE, OURS, PEFT)
+    found = {name: adapted(name, build(model, quick), dropout) for name in names}
+    steps = {name: stepper(name, found[name], tokens) for name in names}
+    timings = interleaved(steps, BASE, rounds=rounds)
+    against = interleaved({n: steps[n] for n in (OURS, PEFT)}, OURS, rounds=max(3, rounds // 2))
+    saved = {name: saved_bytes(steps[name], found[name]) for name in names}
+    del found, steps
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peak = {
+            name: pool.apply(peak_growth, (name, model, quick, dropout, shape, threads))
+            for name in names
+        }
+    return {
+        "model": model,
+        "dropout": dropout,
+        "base_ms": timings[BASE].median * 1e3,
+        "ratio": {name: timings[name].ratio for name in (OURS, PEFT)},
+        "speedup_over_peft": against[PEFT].ratio,
+        "saved_bytes": saved,
+        "peak_growth_bytes": peak,
+    }
+
+
+def render(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print one line a model and dropout."""
+    table = Table(title="training step over the frozen base model's", title_justify="left")
+    for column in ("model", "dropout", "base ms", OURS, PEFT, "PEFT / ours"):
+        table.add_column(column, justify="right")
+    table.add_column("MiB saved: base/ours/PEFT", justify="right")
+    table.add_column("MiB peak growth", justify="right")
+    for row in rows:
+        mebibytes = [
+            "/".join(f"{row[key][name] / 2**20:.0f}" for name in (BASE, OURS, PEFT))
+            for key in ("saved_bytes", "peak_growth_bytes")
+        ]
+        table.add_row(
+            row["model"],
+            f"{row['dropout']}",
+            f"{row['base_ms']:.0f}",
+            *(f"{row['ratio'][name]:.3f}" for name in (OURS, PEFT)),
+            f"{row['speedup_over_peft']:.2f}",
+            *mebibytes,
+        )
+    console.print(table)
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Fewer layers and rounds.")] = False,
+    model: Annotated[list[str] | None, typer.Option(help="minilm, llama; repeatable.")] = None,
+    threads: Annotated[int, typer.Option(help="torch's threads.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 8,
+    sequence: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing.")] = 7,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+) -> None:
+    """Measure whole training steps against the frozen base model and PEFT."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    console = Console(width=max(110, Console().width))
+    facts = {**machine(), "peft": peft.__version__, "transformers": transformers.__version__}
+    console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    rows = []
+    for name in model or MODELS:
+        for dropout in (0.0, 0.1):
+            with console.status(f"{name}, dropout {dropout}"):
+                shape = (batch, sequence)
+                rows.append(measure(name, quick, dropout, shape, threads, 3 if quick else rounds))
+    render(rows, console)
+    if json_path is not None:
+        json_path.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
+        console.print(f"Figures written to {json_path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
