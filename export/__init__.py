@@ -1,0 +1,41 @@
+"""From a torch model, with or without an adapter, to a validated ONNX file.
+
+The order in which to read:
+
+- :mod:`to_onnx` is the whole road in one function. On the way: :mod:`checks` (what is refused at
+  once), :mod:`inputs` (arguments and dynamic shapes in one form), :mod:`signature` (names of inputs
+  and outputs), :mod:`graph` and :mod:`axes` (torch to ONNX), :mod:`metadata` (where it came from),
+  :mod:`files` (everything or nothing on disk).
+- :mod:`validate` runs onnxruntime against torch: :mod:`cases` and :mod:`expressions` make inputs of
+  other sizes, :mod:`compare` and :mod:`tolerance` judge, :mod:`report` shows.
+- :mod:`merge` and :mod:`base_folder` merge an adapter into a folder of weights, without ONNX.
+
+Importing this needs torch alone; onnx and onnxruntime are asked for when they are used.
+"""
+
+from __future__ import annotations
+
+if __name__ != "gauge_ext.export":
+    raise ImportError(
+        f"this folder was imported as {__name__!r}; import it as gauge_ext.export "
+        "(two names for one module would make two copies of every class)"
+    )
+
+from gauge_ext.export.merge import MergeReport, merge_checkpoint
+from gauge_ext.export.report import CaseResult, ExportReport, OutputDifference, ValidationReport
+from gauge_ext.export.to_onnx import export_onnx
+from gauge_ext.export.tolerance import Tolerance
+from gauge_ext.export.validate import DisagreementError, validate_onnx
+
+__all__ = [
+    "CaseResult",
+    "DisagreementError",
+    "ExportReport",
+    "MergeReport",
+    "OutputDifference",
+    "Tolerance",
+    "ValidationReport",
+    "export_onnx",
+    "merge_checkpoint",
+    "validate_onnx",
+]

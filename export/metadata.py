@@ -1,0 +1,134 @@
+"""Where an ONNX file came from, written into the file itself.
+
+Every key starts with ``gauge_ext.``; every value is text, JSON where it holds structure. Nothing in
+it depends on the time, the machine or the path, so the same model gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gauge_ext._version import __version__
+from gauge_ext.checkpoint import adapter_sha256
+from gauge_ext.errors import ConfigError
+from gauge_ext.export.inputs import Bounds
+from gauge_ext.models import lora_layers
+
+if TYPE_CHECKING:
+    from gauge_ext.export.graph import Graph
+
+PREFIX = "gauge_ext."
+
+
+def provenance(model: nn.Module, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What there is to say about a model before it is merged.
+
+    Args:
+        model: The caller's model, with or without adapters, merged or not.
+        extra: More to say; keys without the prefix, text as values.
+
+    Returns:
+        Key without prefix -> text:
+
+        - ``version``, ``torch_version``, ``onnxscript_version``
+        - ``base_sha256``: :func:`base_sha256`; not where the base is lost
+        - ``adapter_sha256``: as :func:`gauge_ext.checkpoint.adapter_sha256`; only with an adapter
+        - ``adapted_layers``: JSON, path -> {"rank", "scaling"}; only with an adapter
+
+    Raises:
+        ConfigError: a key of ``extra`` is one of these, or something is not text.
+    """
+    said = {
+        "version": __version__,
+        "torch_version": torch.__version__,
+        "onnxscript_version": importlib.metadata.version("onnxscript"),
+    }
+    base = base_sha256(model)
+    if base is not None:
+        said["base_sha256"] = base
+    layers = lora_layers(model)
+    if layers:
+        said["adapter_sha256"] = adapter_sha256(model)
+        said["adapted_layers"] = json.dumps(
+            {name: {"rank": layer.rank, "scaling": layer.scaling} for name, layer in layers.items()}
+        )
+    for key, value in (extra or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ConfigError(f"provenance must map text to text, got {key!r}: {value!r}.")
+        if key in said or key in {"parameters", "dynamic_dims"}:
+            raise ConfigError(f"provenance: {key!r} is written by gauge_ext itself.")
+        said[key] = value
+    return said
+
+
+def annotate(graph: Graph, said: Mapping[str, str]) -> dict[str, str]:
+    """Writes the provenance into a graph, with two entries about the graph itself.
+
+    ``parameters`` (JSON) maps every initializer that is a parameter to the parameter's names: its
+    own name, and those of the parameters tied to it. ``dynamic_dims`` (JSON) maps a dynamic
+    dimension to its least and largest size, null where there is no limit.
+
+    Returns:
+        Everything that was written, keys without prefix.
+    """
+    written = {
+        **said,
+        "parameters": json.dumps({name: list(names) for name, names in graph.parameters.items()}),
+        "dynamic_dims": json.dumps({name: list(limits) for name, limits in graph.bounds.items()}),
+    }
+    for key, value in written.items():
+        graph.model.metadata_props[PREFIX + key] = value
+    return written
+
+
+def read_bounds(metadata: Mapping[str, str]) -> Bounds:
+    """The sizes that ``dynamic_dims`` allows; empty where a file says nothing about it."""
+    try:
+        found = json.loads(metadata.get(PREFIX + "dynamic_dims", "{}"))
+        return {
+            str(name): (int(low), None if high is None else int(high))
+            for name, (low, high) in found.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"the metadata {PREFIX}dynamic_dims is not what gauge_ext writes: {error}."
+        ) from error
+
+
+def base_sha256(model: nn.Module) -> str | None:
+    """The SHA-256 of a model's state dict without adapters, in hexadecimal.
+
+    It covers names, dtypes, shapes and bytes, sorted by name. Merged layers count with the weight
+    they had before; None where a layer did not keep it (``merge(keep_base=False)``).
+    """
+    layers = lora_layers(model)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        path, _, last = name.rpartition(".")
+        layer = layers.get(path)
+        if layer is not None and last in {"lora_A", "lora_B"}:
+            continue
+        if layer is not None and last == "weight" and layer.merged:
+            if layer.kept_weight is None:
+                return None
+            tensors[name] = layer.kept_weight
+        elif isinstance(tensor, Tensor):  # and not what a get_extra_state() added
+            tensors[name] = tensor
+    return _digest(tensors.items())
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        # Any dtype is bytes to numpy; a 0-dim tensor cannot be viewed as such.
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,204 @@
+"""The whole road: a torch model with an adapter becomes an ONNX file that was run and agrees."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gauge_ext.errors import ConfigError, ExportError
+from gauge_ext.export.cases import MakeInputs
+from gauge_ext.export.checks import require_count, require_exportable, require_packages
+from gauge_ext.export.files import require_space, staged_files, write_errors
+from gauge_ext.export.graph import Graph, build_graph, require_opset
+from gauge_ext.export.inputs import bind_inputs, resolve_dynamic_shapes
+from gauge_ext.export.metadata import annotate
+from gauge_ext.export.metadata import provenance as provenance_of
+from gauge_ext.export.report import ExportReport, ValidationReport
+from gauge_ext.export.tolerance import Tolerance
+from gauge_ext.export.validate import DisagreementError, Progress, validate_onnx
+from gauge_ext.models import merged_copy
+from gauge_ext.models.attach import unwrap
+
+# A protobuf file ends at 2 GiB and is parsed into memory whole; below half of that, one file is
+# handier than two.
+EXTERNAL_DATA_ABOVE = 2**30
+PROTOBUF_LIMIT = 2**31
+_PAGE = 4096  # weights that start on a page can be mapped instead of read
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
+    path: str | Path,
+    *,
+    dynamic_shapes: Any = None,
+    opset: int = 20,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    external_data: bool | None = None,
+    validate: bool = True,
+    tolerance: Tolerance | None = None,
+    random_cases: int = 2,
+    seed: int = 0,
+    make_inputs: MakeInputs | None = None,
+    provenance: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Merges a copy of a model with its adapters, writes it as ONNX, and proves that it agrees.
+
+    Each adapted layer becomes one weight, ``W + scaling * lora_B @ lora_A``. Every parameter that
+    the graph uses is an initializer under its name in the state dict and in its layout; tied
+    parameters are stored once, under the first of their names. The file is written in a hidden
+    folder beside the target, run there in onnxruntime against the *unmerged* torch model, and
+    renamed only if it agrees. The caller's model is not changed.
+
+    Args:
+        model: Any module in float32, float64 or float16, with adapters or without.
+        example_inputs: What the model is called with: a tuple (positional) or a dict (by name).
+        path: The file to write. An existing file is replaced at the very end, or left untouched.
+        dynamic_shapes: Which sizes may vary: None (none), ``"auto"`` (batch and sequence, as far
+            as the model allows), or torch.export's form, ``{"x": {0: "batch"}}``.
+        opset: Version of the default operator set, 17 to 25. From 23 on, attention is one node.
+        input_names: Names of the graph's inputs; by default those of forward's parameters.
+        output_names: Names of its outputs; by default the keys of what the model returns.
+        external_data: Whether the weights go into a file of their own, ``path`` + ``.data``. None:
+            if they exceed 1 GiB.
+        validate: Whether to run the file before it is put in place.
+        tolerance: How far onnxruntime may be from torch; by default by dtype.
+        random_cases: How many cases of random sizes and values, beside example, smallest, larger.
+        seed: Of those.
+        make_inputs: Makes inputs for given sizes, for models that take no others:
+            ``make_inputs({"batch": 3}, generator)`` returns what the model is called with.
+        provenance: More metadata, text to text; written as ``gauge_ext.<key>``.
+        progress: Called with what is being done and the share done, in [0, 1].
+
+    Returns:
+        What was written, and the validation's report.
+
+    Raises:
+        ConfigError: an argument cannot be used, or torch itself refuses one of the cases.
+        NonFiniteError: a weight, a factor or a merged weight holds NaN or infinity.
+        ExportError: torch cannot trace or translate the model, onnxruntime cannot load the
+            result, or a package is missing.
+        ValidationError: onnxruntime and torch disagree; its ``report`` says where.
+        WriteError: the target cannot be written.
+    """
+    require_packages()
+    require_opset(opset)
+    require_count("random_cases", random_cases)
+    path = Path(path)
+    source = unwrap(model)
+    example = bind_inputs(source, example_inputs)
+    # Tracing and running may write into them.
+    example = example.with_tensors([tensor.detach().clone() for tensor in example.tensors])
+    require_exportable(source, example)
+    axes = resolve_dynamic_shapes(example, dynamic_shapes)
+    steps = _Steps(progress)
+    found: ValidationReport | None = None
+    with staged_files(path) as folder:
+        draft = folder / path.name
+        with steps.step("merge", "merging a copy", 0.0):
+            said = provenance_of(source, provenance)
+            merged = merged_copy(source).eval()
+        with steps.step("graph", "tracing the graph", 0.05):
+            graph = build_graph(
+                merged,
+                example,
+                axes,
+                opset=opset,
+                input_names=input_names,
+                output_names=output_names,
+            )
+            written = annotate(graph, said)
+        with steps.step("write", "writing", 0.6):
+            _save(graph, draft, path, external_data)
+        report = ExportReport(
+            path=path,
+            files=tuple(path.with_name(file.name) for file in sorted(folder.iterdir())),
+            bytes_written=sum(file.stat().st_size for file in folder.iterdir()),
+            opset=opset,
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            parameters=graph.parameters,
+            provenance=written,
+        )
+        del merged, graph  # the file holds it all now; onnxruntime needs the memory
+        if validate:
+            with steps.step("validate", "validating", 0.7):
+                _check(draft)
+                found = validate_onnx(
+                    draft,
+                    source,
+                    example_inputs,
+                    tolerance=tolerance,
+                    random_cases=random_cases,
+                    seed=seed,
+                    make_inputs=make_inputs,
+                    progress=steps.within(0.7, 1.0),
+                )
+            found = replace(found, path=path)
+            if not found.passed:
+                raise DisagreementError(found)
+    steps.tell("done", 1.0)
+    return replace(report, seconds=steps.seconds, validation=found)
+
+
+def _save(graph: Graph, draft: Path, target: Path, external_data: bool | None) -> None:
+    import onnx_ir as ir
+
+    size = graph.nbytes
+    if external_data is False and size >= PROTOBUF_LIMIT:
+        raise ConfigError(
+            f"external_data=False, and the weights take {size / 2**30:.1f} GiB: a single ONNX file "
+            "ends at 2 GiB.",
+            hint="Leave external_data out.",
+        )
+    external = size > EXTERNAL_DATA_ABOVE if external_data is None else external_data
+    require_space(target, size)
+    with write_errors(target):
+        ir.save(
+            graph.model,
+            draft,
+            external_data=f"{target.name}.data" if external else None,
+            alignment=_PAGE,
+            align_threshold=_PAGE,
+        )
+
+
+def _check(path: Path) -> None:
+    """Whether the file is valid ONNX, beyond what onnxruntime accepts."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the exporter made an invalid graph: {error}") from error
+
+
+class _Steps:
+    """Tells the caller what is going on, and keeps the time."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self.seconds: dict[str, float] = {}
+
+    def tell(self, what: str, share: float) -> None:
+        if self._progress is not None:
+            self._progress(what, share)
+
+    def within(self, start: float, end: float) -> Progress:
+        """A progress function for a part of the whole."""
+        return lambda what, share: self.tell(what, start + (end - start) * share)
+
+    @contextmanager
+    def step(self, name: str, what: str, share: float) -> Iterator[None]:
+        self.tell(what, share)
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - begin

@@ -1,0 +1,240 @@
+"""Runs an ONNX file in onnxruntime and the torch model it came from, on the same inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gauge_ext.errors import ConfigError, ExportError, ValidationError
+from gauge_ext.export.cases import Case, Limits, MakeInputs, make_cases
+from gauge_ext.export.checks import require_count, require_packages
+from gauge_ext.export.compare import compare
+from gauge_ext.export.inputs import BoundInputs, bind_inputs
+from gauge_ext.export.metadata import read_bounds
+from gauge_ext.export.report import CaseResult, ValidationReport
+from gauge_ext.export.signature import output_leaves
+from gauge_ext.export.tolerance import Tolerance
+from gauge_ext.models import lora_layers
+from gauge_ext.models.attach import unwrap
+
+Progress = Callable[[str, float], None]  # what is being done, and the share that is done
+
+
+class DisagreementError(ValidationError):
+    """An ONNX graph and its torch model disagree.
+
+    Attributes:
+        report: Every case and output, those that passed too.
+    """
+
+    def __init__(self, report: ValidationReport) -> None:
+        failures = report.failures
+        shown = "; ".join(failures[:3]) + ("; ..." if len(failures) > 3 else "")
+        super().__init__(
+            f"onnxruntime and torch disagree in {len(failures)} places: {shown}.",
+            hint="Nothing was written. If the difference is acceptable, give a larger tolerance.",
+        )
+        self.report = report
+
+
+def validate_onnx(
+    path: str | Path,
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
+    *,
+    tolerance: Tolerance | None = None,
+    random_cases: int = 2,
+    seed: int = 0,
+    make_inputs: MakeInputs | None = None,
+    progress: Progress | None = None,
+) -> ValidationReport:
+    """Compares an ONNX file with a torch model on the example, on other sizes and random inputs.
+
+    The torch model is run as it is, in eval mode: with its adapters beside the weights if they are
+    not merged, so that the merging is under test too. Which sizes may vary comes from the file:
+    the named dimensions of its inputs.
+
+    Args:
+        path: The ONNX file; external data lies beside it.
+        model: The model it was made from. It is not changed, not even its training flag.
+        example_inputs: What the model is called with, a tuple or a dict.
+        tolerance: The bar; by default by the narrowest floating-point dtype in model and output.
+        random_cases: How many cases of random sizes and values, beside example, smallest, larger.
+        seed: Of those.
+        make_inputs: See :func:`gauge_ext.export.cases.make_cases`.
+        progress: Called with what is being done and the share done.
+
+    Returns:
+        The report. A difference is not an error here: look at ``report.passed``.
+
+    Raises:
+        ConfigError: the file is missing, the inputs do not fit, or torch itself refuses a case.
+        ExportError: onnxruntime cannot load the file, or is not installed.
+    """
+    require_count("random_cases", random_cases)
+    require_packages("onnxruntime")
+    path = Path(path)
+    session, runtime = _open(path)
+    reference = _evaluation_copy(model)
+    example = bind_inputs(reference, example_inputs)
+    shapes, feed_names = _match_inputs(session, example)
+    limits = Limits.of(reference)
+    floors = _float_dtypes(reference.parameters())
+    cases = make_cases(
+        reference,
+        example,
+        shapes,
+        bounds=read_bounds(session.get_modelmeta().custom_metadata_map),
+        random_cases=random_cases,
+        seed=seed,
+        make_inputs=make_inputs,
+    )
+    output_names = [output.name for output in session.get_outputs()]
+    total = 1 + random_cases + (2 if any(isinstance(d, str) for s in shapes for d in s) else 0)
+    results = []
+    for index, case in enumerate(cases):
+        if progress is not None:
+            progress(f"validating: {case.name}", index / total)
+        expected = _run_torch(reference, case)
+        order = _match_outputs(output_names, [name for name, _ in expected])
+        feeds = {
+            name: tensor.detach().cpu().numpy()
+            for name, tensor in zip(feed_names, case.inputs.tensors, strict=True)
+        }
+        try:
+            found = session.run(output_names, feeds)
+        # onnxruntime's exceptions have no common base but Exception.
+        except Exception as error:
+            results.append(CaseResult(case.name, case.sizes, (), str(error).strip()))
+            continue
+        differences = []
+        for name, position, actual in zip(output_names, order, found, strict=True):
+            tensor = expected[position][1]
+            bar = tolerance or _usual_tolerance(floors | _float_dtypes([tensor]))
+            differences.append(
+                compare(
+                    name,
+                    tensor,
+                    torch.from_numpy(actual),
+                    bar,
+                    logits=_holds_logits(name, expected[position][0], tensor, limits),
+                )
+            )
+        results.append(CaseResult(case.name, case.sizes, tuple(differences)))
+    if progress is not None:
+        progress("validated", 1.0)
+    return ValidationReport(path, runtime, tuple(results))
+
+
+def _open(path: Path) -> tuple[Any, str]:
+    import onnxruntime
+
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}.", hint="Give the path of an ONNX file.")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors come as exceptions; warnings are about its own passes
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    # onnxruntime's exceptions have no common base but Exception.
+    except Exception as error:
+        # Its words name the file that was run, which in an export is a draft that is gone by now.
+        words = str(error).strip().replace(str(path), path.name)
+        raise ExportError(
+            f"onnxruntime cannot load {path.name}: {words}",
+            hint="If an operator is not implemented for this dtype, export in float32.",
+        ) from error
+    return session, f"onnxruntime {onnxruntime.__version__} (CPU)"
+
+
+def _evaluation_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode that shares the parameters; flags and buffers are its own."""
+    inner = unwrap(model)
+    kept = [w for layer in lora_layers(inner).values() if (w := layer.kept_weight) is not None]
+    memo: dict[int, Any] = {id(p): p for p in (*inner.parameters(), *kept)}
+    try:
+        return copy.deepcopy(inner, memo).eval()
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"this {type(inner).__name__} cannot be copied: {error}",
+            hint="It holds an object that copy.deepcopy refuses; take that off the model first.",
+        ) from error
+
+
+def _run_torch(model: nn.Module, case: Case) -> list[tuple[str, Tensor]]:
+    # A model may write into its inputs; onnxruntime must not see that.
+    inputs = case.inputs.with_tensors([tensor.detach().clone() for tensor in case.inputs.tensors])
+    try:
+        with torch.no_grad():
+            result = model(*inputs.args, **inputs.kwargs)
+    # Whatever the user's own forward raises.
+    except Exception as error:
+        sizes = ", ".join(f"{name}={size}" for name, size in case.sizes.items())
+        raise ConfigError(
+            f"torch itself refuses the case {case.name!r} ({sizes or 'sizes of the example'}): "
+            f"{type(error).__name__}: {error}",
+            hint="Give the sizes that the model takes, as torch.export.Dim(name, min=..., max=...)"
+            " in dynamic_shapes, or pass make_inputs, which makes inputs that it takes.",
+        ) from error
+    return [(name, tensor.detach().cpu()) for name, tensor in output_leaves(result)]
+
+
+def _match_inputs(session: Any, example: BoundInputs) -> tuple[list[list[Any]], list[str]]:
+    """Pairs the example's tensors with the graph's inputs: by name, or else by position."""
+    shapes = {value.name: list(value.shape) for value in session.get_inputs()}
+    if len(shapes) != len(example.names):
+        raise ConfigError(
+            f"the file has {len(shapes)} inputs ({', '.join(shapes)}), the example has "
+            f"{len(example.names)} tensors ({', '.join(example.names)}).",
+            hint="Give exactly the inputs that the file was made with.",
+        )
+    feed_names = list(example.names if set(shapes) == set(example.names) else shapes)
+    for name, tensor in zip(feed_names, example.tensors, strict=True):
+        shape = shapes[name]
+        fits = len(shape) == tensor.dim() and all(
+            size == dim or not isinstance(dim, int)
+            for size, dim in zip(tensor.shape, shape, strict=True)
+        )
+        if not fits:
+            raise ConfigError(
+                f"the file's input {name!r} has shape {shape}, the example's tensor "
+                f"{tuple(tensor.shape)}.",
+                hint="Give an example of the shape that the file was made for.",
+            )
+    return [shapes[name] for name in feed_names], feed_names
+
+
+def _match_outputs(in_file: Sequence[str], in_torch: Sequence[str]) -> list[int]:
+    """For each of the file's outputs the position of torch's: by name, or else by position."""
+    if len(in_file) != len(in_torch):
+        raise ConfigError(
+            f"the file has {len(in_file)} outputs ({', '.join(in_file)}), the model returns "
+            f"{len(in_torch)} ({', '.join(in_torch)}).",
+            hint="Was the file made from this model?",
+        )
+    if set(in_file) == set(in_torch):
+        return [in_torch.index(name) for name in in_file]
+    return list(range(len(in_file)))
+
+
+def _holds_logits(name: str, torch_name: str, tensor: Tensor, limits: Limits) -> bool:
+    named = any(n.rpartition(".")[2].endswith("logits") for n in (name, torch_name))
+    wide = limits.vocabulary is not None and tensor.dim() > 1
+    return named or (wide and tensor.shape[-1] == limits.vocabulary)
+
+
+def _float_dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+
+
+def _usual_tolerance(dtypes: set[torch.dtype]) -> Tolerance:
+    """That of the narrowest dtype: a float32 output of float16 weights is a float16 result."""
+    if not dtypes:
+        return Tolerance.for_dtype(torch.float32)
+    return Tolerance.for_dtype(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
