@@ -15,8 +15,9 @@ PY := $(BIN)/python
 READY := $(VENV)/.gauge_ext-ready
 CPP_FILES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
 
-# cmake looks for ninja and the compiler on PATH.
-export PATH := $(BIN):$(PATH)
+# cmake looks for ninja on PATH, where an environment that is not activated has none.
+CMAKE := PATH="$(BIN):$$PATH" cmake
+CTEST := PATH="$(BIN):$$PATH" ctest
 # Nothing here needs a model hub, and no test may wait for one.
 export HF_HUB_OFFLINE := 1
 
@@ -57,19 +58,19 @@ test: build
 	GAUGE_EXT_REQUIRE_COMPILED=1 $(PY) -m pytest $(PYTEST_ARGS)
 
 cpp-test: $(READY)
-	cmake --preset debug -DPython_EXECUTABLE=$(PY) --log-level=NOTICE
-	cmake --build --preset debug --target gauge_ext_tests
-	ctest --preset debug
+	$(CMAKE) --preset debug -DPython_EXECUTABLE=$(PY) --log-level=NOTICE
+	$(CMAKE) --build --preset debug --target gauge_ext_tests
+	$(CTEST) --preset debug
 
-# The second half runs Python on a sanitized library, so the sanitizers' runtimes come first; leaks
-# are Python's own. The ordinary build is put back whatever the tests say.
+# The second half runs Python on the sanitized libraries, so the sanitizers' runtimes come first;
+# leaks are Python's own. The ordinary build is put back whatever the tests say.
 asan: export ASAN_OPTIONS := detect_leaks=0
 asan: export UBSAN_OPTIONS := halt_on_error=1:print_stacktrace=1
-asan: $(READY)
-	cmake --preset asan -DPython_EXECUTABLE=$(PY) --log-level=NOTICE
-	cmake --build --preset asan --target gauge_ext_tests
-	ctest --preset asan
-	GAUGE_EXT_SANITIZE='address;undefined' $(PY) setup.py -q build_ext --inplace
+asan: build
+	$(CMAKE) --preset asan -DPython_EXECUTABLE=$(PY) --log-level=NOTICE
+	$(CMAKE) --build --preset asan
+	$(CTEST) --preset asan
+	install build/asan/*.so gauge_ext/
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  GAUGE_EXT_REQUIRE_COMPILED=1 $(PY) -m pytest tests/ops $(PYTEST_ARGS); status=$$?; \
 	  $(PY) setup.py -q build_ext --inplace; exit $$status

@@ -5,7 +5,6 @@ What is compiled and how stands in CMakeLists.txt alone; pyproject.toml has the 
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +15,6 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-#: For example ``address;undefined``; `make asan` sets it.
-SANITIZE = os.environ.get("GAUGE_EXT_SANITIZE", "")
 sys.path.insert(0, str(ROOT / "_build"))
 
 import cmake_tools  # noqa: E402
@@ -37,6 +34,7 @@ class CMakeBuild(build_ext):
             )
         build_dir = self.cmake_dir(torch)
         self.cmake(
+            "--log-level=NOTICE",
             "-S", str(ROOT),
             "-B", str(build_dir),
             "-G", "Ninja",
@@ -46,26 +44,27 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11_dir()}",
             f"-DGAUGE_EXT_TORCH={torch.root};{torch.version};{torch.cuda}",
-            f"-DGAUGE_EXT_SANITIZE={SANITIZE}",
         )  # fmt: skip
         self.cmake("--build", str(build_dir))
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             name = extension.name.rpartition(".")[2]
-            shutil.copy2(build_dir / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}", target)
+            # A fresh time stamp, as setuptools carries only newer files on into the source tree:
+            # after `make asan` or a change of torch, this one was perhaps compiled earlier.
+            shutil.copy(build_dir / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}", target)
 
     def cmake_dir(self, torch: torch_env.TorchInstall) -> Path:
         """One build folder for each Python and torch: a change of either never mixes objects."""
         tag = sysconfig.get_config_var("SOABI")
-        kind = ("-debug" if self.debug else "") + ("-sanitized" if SANITIZE else "")
+        kind = "-debug" if self.debug else ""
         return ROOT / "build" / f"cmake-{tag}-torch{torch.version}{kind}"
 
     def cmake(self, *arguments: str) -> None:
         """Runs cmake; a failure ends the build with cmake's own message, without a traceback."""
         done = subprocess.run([required("cmake"), *arguments], check=False)
         if done.returncode:
-            sys.exit(f"error: cmake {arguments[0]} left with status {done.returncode}; see above")
+            sys.exit(f"error: cmake left with status {done.returncode}; its message is above")
 
 
 def required(tool: str) -> str:

@@ -106,7 +106,7 @@ def status() -> ExtensionStatus:
             f" {found_torch} is installed."
         )
         other = f"pip install 'torch=={_minor(built_torch)}.*'"
-        mend = f"{_type(_rebuild())} Or go back to the other torch: {other}"
+        mend = f"{_type(_rebuild())} (or go back to the other torch: {other})"
     else:
         try:
             torch.ops.load_library(library)
@@ -180,5 +180,5 @@ def _explain_missing() -> tuple[str, str]:
                 reason += (
                     f" The compiled one in {other} is hidden, as Python was started in {root}."
                 )
-                return reason, f"{_type(_rebuild())} Or start Python in another folder."
+                return reason, f"{_type(_rebuild())} (or start Python in another folder)"
     return reason, _type(_rebuild())

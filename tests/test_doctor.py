@@ -100,6 +100,18 @@ def test_a_missing_extra_is_named_but_healthy(monkeypatch: pytest.MonkeyPatch) -
     assert "pip install 'gauge-ext[export]'" in rendered(info)
 
 
+def test_one_mend_is_printed_once() -> None:
+    info = doctor.collect()
+    mend = "pip install 'gauge-ext[export]'"
+    info["missing"] = [
+        {"what": name, "purpose": "export", "mend": mend} for name in ("onnx", "onnxscript")
+    ]
+    shown = rendered(info)
+    assert "missing: onnx (export)" in shown
+    assert "missing: onnxscript (export)" in shown
+    assert shown.count(mend) == 1
+
+
 @pytest.mark.parametrize(
     ("torch_says", "used"), [("AVX2", "AVX2"), ("NO AVX", "DEFAULT"), ("DEFAULT", "DEFAULT")]
 )
