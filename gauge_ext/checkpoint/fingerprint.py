@@ -11,7 +11,7 @@ from torch import nn
 
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.checkpoint.format import LoRAPair
-from gauge_ext.models import adapter_config, lora_layers
+from gauge_ext.models import adapter_config, attached_modules, lora_layers
 
 
 def adapter_fingerprint(config: LoRAConfig, tensors: Mapping[str, LoRAPair]) -> str:
@@ -29,11 +29,16 @@ def adapter_fingerprint(config: LoRAConfig, tensors: Mapping[str, LoRAPair]) -> 
 def adapter_sha256(model: nn.Module) -> str:
     """Return the fingerprint of the adapters on ``model``: that of the folder they are saved to.
 
+    Adapters that were put on one submodule, such as the encoder within a pipeline, are saved from
+    there, and count with their paths from there.
+
     Raises:
         AdapterStateError: No adapters are attached.
     """
-    adapter_config(model)  # says what is wrong where nothing is attached
-    layers = lora_layers(model)
+    owners = attached_modules(model)
+    layers = lora_layers(owners[0] if len(owners) == 1 else model)
+    if not layers:
+        adapter_config(model)  # says what is wrong where nothing is attached
     return _digest(
         {name: layer.scaling for name, layer in layers.items()},
         {name: LoRAPair(layer.lora_A, layer.lora_B) for name, layer in layers.items()},

@@ -173,6 +173,11 @@ def attachment(model: nn.Module) -> Attachment:
     )
 
 
+def attached_modules(model: nn.Module) -> list[nn.Module]:
+    """Return ``model`` and those of its submodules on which :func:`attach` was called."""
+    return [module for module in unwrap(model).modules() if _KEY in vars(module)]
+
+
 def record(model: nn.Module, done: Attachment) -> None:
     """Remember ``done`` on the model."""
     setattr(model, _KEY, done)

@@ -99,3 +99,11 @@ def test_model_and_folder_agree(mlp: nn.Module, tmp_path: Path, stored: torch.dt
 def test_a_model_without_adapters_has_none(mlp: nn.Module) -> None:
     with pytest.raises(AdapterStateError, match="no adapters are attached"):
         adapter_sha256(mlp)
+
+
+def test_of_a_pipeline_it_is_that_of_the_part_the_adapter_is_saved_from(tmp_path: Path) -> None:
+    encoder = nn.Sequential(nn.Linear(3, 4))
+    attach(encoder, LoRAConfig(rank=2))
+    pipeline = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(4, 2)})
+    save_adapter(encoder, tmp_path / "adapter")
+    assert adapter_sha256(pipeline) == read_adapter(tmp_path / "adapter").sha256
