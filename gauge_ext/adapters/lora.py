@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from gauge_ext import ops
 from gauge_ext.adapters.config import Init
+from gauge_ext.adapters.merging import accumulation_dtype, adapter_dtype, add_update
 from gauge_ext.adapters.support import unsupported_reason
-from gauge_ext.errors import AdapterStateError, ConfigError, NonFiniteError, TargetError
-
-_HALF = (torch.bfloat16, torch.float16)
+from gauge_ext.errors import AdapterStateError, ConfigError, TargetError
 
 
 class LoRALinear(nn.Linear):
@@ -122,8 +121,7 @@ class LoRALinear(nn.Linear):
             raise ConfigError(f"scaling must be a finite number, got {scaling}.")
         weight = self.weight
         if dtype is None:
-            # Steps of a usual learning rate vanish in the 8 bits of a bfloat16 factor.
-            dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
+            dtype = adapter_dtype(weight.dtype)
         a = torch.empty(rank, self.in_features, dtype=dtype, device=weight.device)
         b = torch.zeros(self.out_features, rank, dtype=dtype, device=weight.device)
         if init == "gaussian":
@@ -175,8 +173,7 @@ class LoRALinear(nn.Linear):
         that dtype.
         """
         a, b = self.lora_A, self.lora_B
-        wide = torch.float64 in (a.dtype, b.dtype, self.weight.dtype)
-        dtype = torch.float64 if wide else torch.float32
+        dtype = accumulation_dtype(a.dtype, b.dtype, self.weight.dtype)
         return torch.mm(b.to(dtype), a.to(dtype)).mul_(self.scaling)
 
     @torch.no_grad()
@@ -192,15 +189,8 @@ class LoRALinear(nn.Linear):
         """
         if self.merged:
             raise AdapterStateError("the layer is merged already.", hint="Call unmerge() first.")
-        weight = self.weight
-        # Adding W in place keeps one (out, in) matrix in the wide dtype, and promotes W on the way.
-        merged = self.delta_weight().add_(weight).to(weight.dtype)
-        if safe and not bool(merged.isfinite().all()):
-            for name in ("weight", "lora_A", "lora_B"):
-                if not bool(getattr(self, name).isfinite().all()):
-                    raise NonFiniteError(f"{name} holds NaN or infinity.")
-            raise NonFiniteError(f"weight plus its update exceeds the range of {weight.dtype}.")
-        return merged
+        parts = {name: getattr(self, name) for name in ("weight", "lora_A", "lora_B")}
+        return add_update(self.weight, self.delta_weight(), parts, safe=safe)
 
     def merge(self, *, safe: bool = True, keep_base: bool = True) -> None:
         """Put the update into ``weight``, as a new Parameter.

@@ -7,11 +7,13 @@ from typing import TypeVar
 
 from torch import nn
 
-from gauge_ext.adapters import LoRALinear
+from gauge_ext.adapters import LoRALinear, WrappedAdapter
 from gauge_ext.errors import AdapterStateError, NonFiniteError
 from gauge_ext.models.attach import forget, lora_layers, unwrap
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_NOTHING = "Nothing was merged."
 
 
 def merge(model: ModelT, *, safe: bool = True, keep_base: bool = True) -> ModelT:
@@ -74,7 +76,9 @@ def is_merged(model: nn.Module) -> bool:
 def merged_copy(model: nn.Module) -> nn.Module:
     """Return a copy with the adapters merged and gone; ``model`` is untouched.
 
-    The adapted layers of the copy are plain ``nn.Linear``. Parameters that no adapter changes share
+    The adapted layers of the copy are plain ``nn.Linear``. An adapter that holds its base as a
+    submodule (:class:`~gauge_ext.adapters.WrappedAdapter`) is replaced by that base, merged; where
+    the base cannot take the update, the adapter stays. Parameters that no adapter changes share
     their storage with those of ``model``; they are objects of their own, so converting or freezing
     the copy leaves ``model`` alone, but writing to their elements does not. Buffers are copied. A
     model without adapters is copied in the same way.
@@ -104,12 +108,35 @@ def merged_copy(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         layer.to_linear()
     forget(twin)
-    return twin
+    return _unwrapped(twin)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Put the merged base in place of each wrapped adapter, wherever the model holds it."""
+    plain: dict[nn.Module, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, WrappedAdapter) and module.unmergeable_reason() is None:
+            try:
+                plain[module] = module.to_linear().train(module.training)
+            except NonFiniteError as error:
+                name = path or type(module).__name__
+                raise NonFiniteError(f"{name}: {error.message}", hint=_NOTHING) from error
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in plain:
+                parent._modules[name] = plain[child]
+    return plain.get(model, model)
 
 
 def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
     layers = lora_layers(model)
     if not layers:
+        if any(isinstance(module, WrappedAdapter) for module in model.modules()):
+            raise AdapterStateError(
+                "the model's adapters hold their base as a submodule, so there is no layer to "
+                "merge them into in place.",
+                hint="Call gauge_ext.models.merged_copy(), or to_linear() on each of them.",
+            )
         raise AdapterStateError(
             "the model has no adapters.",
             hint="Call gauge_ext.attach() or gauge_ext.load_adapter() first.",
@@ -123,6 +150,6 @@ def _merge_layers(layers: dict[str, LoRALinear], *, safe: bool, keep_base: bool)
         try:
             merged[name] = layer.merged_weight(safe=safe)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{name}: {error.message}", hint="Nothing was merged.") from error
+            raise NonFiniteError(f"{name}: {error.message}", hint=_NOTHING) from error
     for name, layer in layers.items():
         layer.adopt_merged(merged[name], keep_base=keep_base)
