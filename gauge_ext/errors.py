@@ -41,6 +41,10 @@ class NonFiniteError(GaugeError, ValueError):
     """A weight or an output holds NaN or infinity."""
 
 
+class GeometryError(GaugeError, ValueError):
+    """Something is undefined at this point: rank-deficient factors, overlap too small."""
+
+
 class AdapterStateError(GaugeError, RuntimeError):
     """The model is in the wrong state for the call: merged twice, nothing attached."""
 
