@@ -36,7 +36,7 @@ class MergeReport:
         carried: How many tensors were copied as they were.
         files: Every file written.
         bytes_written: Their sizes, added up.
-        adapter_sha256: The adapter's fingerprint.
+        adapter_sha256: The adapter's digest.
         skipped: Files of the base left behind: weights in other formats, which are not merged.
     """
 

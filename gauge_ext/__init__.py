@@ -2,8 +2,9 @@
 
 from gauge_ext import ops
 from gauge_ext._version import __version__
-from gauge_ext.adapters import LoRAConfig, LoRALinear
+from gauge_ext.adapters import LoRAConfig, LoRAFiberBundle, LoRAGaugeField, LoRALinear
 from gauge_ext.checkpoint import load_adapter, save_adapter
+from gauge_ext.checkpoint.gauges import fingerprint, regauge
 from gauge_ext.errors import GaugeError
 from gauge_ext.models import (
     adapter_parameters,
@@ -17,15 +18,19 @@ from gauge_ext.models import (
 __all__ = [
     "GaugeError",
     "LoRAConfig",
+    "LoRAFiberBundle",
+    "LoRAGaugeField",
     "LoRALinear",
     "__version__",
     "adapter_parameters",
     "attach",
     "detach",
+    "fingerprint",
     "load_adapter",
     "merge",
     "named_adapter_parameters",
     "ops",
+    "regauge",
     "save_adapter",
     "unmerge",
 ]

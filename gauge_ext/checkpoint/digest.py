@@ -14,7 +14,7 @@ from gauge_ext.checkpoint.format import LoRAPair
 from gauge_ext.models import adapter_config, attached_modules, lora_layers
 
 
-def adapter_fingerprint(config: LoRAConfig, tensors: Mapping[str, LoRAPair]) -> str:
+def adapter_digest(config: LoRAConfig, tensors: Mapping[str, LoRAPair]) -> str:
     """Return the SHA-256 of an adapter's mathematics, in hexadecimal.
 
     It covers, for every module in the order of their paths: the path, the scaling, and the shapes
@@ -27,7 +27,7 @@ def adapter_fingerprint(config: LoRAConfig, tensors: Mapping[str, LoRAPair]) -> 
 
 
 def adapter_sha256(model: nn.Module) -> str:
-    """Return the fingerprint of the adapters on ``model``: that of the folder they are saved to.
+    """Return the digest of the adapters on ``model``: that of the folder they are saved to.
 
     Adapters that were put on one submodule, such as the encoder within a pipeline, are saved from
     there, and count with their paths from there.

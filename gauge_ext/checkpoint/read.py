@@ -13,8 +13,8 @@ import safetensors.torch
 from torch import Tensor
 
 from gauge_ext.adapters import LoRAConfig
+from gauge_ext.checkpoint.digest import adapter_digest
 from gauge_ext.checkpoint.fields import check_supported, from_peft
-from gauge_ext.checkpoint.fingerprint import adapter_fingerprint
 from gauge_ext.checkpoint.format import (
     CONFIG_NAME,
     PICKLE_NAME,
@@ -34,7 +34,7 @@ class AdapterCheckpoint:
         tensors: Path of the module -> its two factors, sorted by path.
         path: The folder.
         raw_config: ``adapter_config.json`` as it is.
-        sha256: See :func:`~gauge_ext.checkpoint.adapter_fingerprint`.
+        sha256: See :func:`~gauge_ext.checkpoint.adapter_digest`.
     """
 
     config: LoRAConfig
@@ -73,7 +73,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterCheckpoint:
         for factor in ("lora_A", "lora_B"):
             if not bool(getattr(pair, factor).isfinite().all()):
                 raise NonFiniteError(f"{weights_file}: {factor} of {name!r} holds NaN or infinity.")
-    return AdapterCheckpoint(config, tensors, folder, raw, adapter_fingerprint(config, tensors))
+    return AdapterCheckpoint(config, tensors, folder, raw, adapter_digest(config, tensors))
 
 
 def _require_adapter(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writing a model's adapters as PEFT would."""
+"""Writing adapters as PEFT would: those of a model, and those that are on none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import nn
 from gauge_ext._version import __version__
 from gauge_ext.adapters import LoRAConfig, LoRALinear, patterns
 from gauge_ext.checkpoint.fields import to_peft
-from gauge_ext.checkpoint.format import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, keys_of
+from gauge_ext.checkpoint.format import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, LoRAPair, keys_of
 from gauge_ext.checkpoint.staging import staged_folder, write_bytes
-from gauge_ext.errors import AdapterStateError, ConfigError, NonFiniteError
+from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError, NonFiniteError
 from gauge_ext.models import adapter_config, lora_layers
 from gauge_ext.models.attach import unwrap
 
@@ -47,12 +47,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     inner = unwrap(model)
     config = adapter_config(inner)
     layers = lora_layers(inner)
-    tensors: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         _check(name, layer, config)
-        for key, factor in zip(keys_of(name), (layer.lora_A, layer.lora_B), strict=True):
-            # A copy, since safetensors refuses factors that share their storage.
-            tensors[key] = factor.detach().to("cpu", copy=True).contiguous()
     written = to_peft(describe(inner, config, layers))
     if written["base_model_name_or_path"] is None:
         written["base_model_name_or_path"] = vars(inner).get("name_or_path") or None
@@ -62,6 +58,49 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             "base_model_class": kind.__name__,
             "parent_library": kind.__module__,
         }
+    pairs = {name: LoRAPair(layer.lora_A, layer.lora_B) for name, layer in layers.items()}
+    return _write(written, pairs, path)
+
+
+def write_adapter(
+    config: LoRAConfig, tensors: Mapping[str, LoRAPair], path: str | os.PathLike[str]
+) -> Path:
+    """Write an adapter that is on no model to a folder in PEFT's format, as :func:`save_adapter`.
+
+    Args:
+        config: Its description, whose ranks are those of ``tensors``; see
+            :func:`~gauge_ext.checkpoint.describe_pairs` for one made to measure.
+        tensors: Path of the module -> its two factors.
+        path: The folder; it is made if need be.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterMismatchError: A rank is not the config's.
+        NonFiniteError: A factor holds NaN or infinity.
+        ConfigError: The config's ``extra`` holds what JSON cannot.
+        WriteError: The system refused a write; nothing is left or changed at ``path``.
+    """
+    for name, pair in tensors.items():
+        if pair.lora_A.shape[0] != config.rank_for(name):
+            raise AdapterMismatchError(
+                f"the factors of {name} have rank {pair.lora_A.shape[0]}, and the config says rank "
+                f"{config.rank_for(name)}.",
+                hint="Say so in rank_pattern.",
+            )
+        _require_finite(name, pair)
+    return _write(to_peft(config), tensors, path)
+
+
+def _write(
+    written: dict[str, Any], pairs: Mapping[str, LoRAPair], path: str | os.PathLike[str]
+) -> Path:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, pair in pairs.items():
+        for key, factor in zip(keys_of(name), (pair.lora_A, pair.lora_B), strict=True):
+            # A copy, since safetensors refuses factors that share their storage.
+            tensors[key] = factor.detach().to("cpu", copy=True).contiguous()
     try:
         text = json.dumps(written, indent=2, sort_keys=True)
     except (TypeError, ValueError) as error:
@@ -71,7 +110,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         write_bytes(folder / CONFIG_NAME, text.encode())
         write_bytes(folder / WEIGHTS_NAME, content)
         if not (Path(path) / CARD_NAME).exists():
-            write_bytes(folder / CARD_NAME, _card(written, layers).encode())
+            write_bytes(folder / CARD_NAME, _card(written, pairs).encode())
     return Path(path)
 
 
@@ -111,20 +150,24 @@ def _check(name: str, layer: LoRALinear, config: LoRAConfig) -> None:
             f"{described[0]} and scaling {described[1]}, so it cannot be saved.",
             hint="Attach it with a config that says so (rank_pattern, alpha_pattern).",
         )
+    _require_finite(name, layer)
+
+
+def _require_finite(name: str, holder: LoRALinear | LoRAPair) -> None:
     for factor in ("lora_A", "lora_B"):
-        if not bool(getattr(layer, factor).isfinite().all()):
+        if not bool(getattr(holder, factor).isfinite().all()):
             raise NonFiniteError(
                 f"{factor} of {name} holds NaN or infinity.", hint="Nothing was saved."
             )
 
 
-def _card(written: dict[str, Any], layers: dict[str, LoRALinear]) -> str:
+def _card(written: dict[str, Any], pairs: Mapping[str, LoRAPair]) -> str:
     base = written["base_model_name_or_path"]
     # A JSON string is a YAML string, whatever the name holds.
     head = [f"base_model: {json.dumps(base)}"] if base else []
     tags = [f"- {json.dumps(f'base_model:adapter:{base}')}"] if base else []
-    parameters = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values())
-    ranks = sorted({layer.rank for layer in layers.values()})
+    parameters = sum(pair.lora_A.numel() + pair.lora_B.numel() for pair in pairs.values())
+    ranks = sorted({pair.lora_A.shape[0] for pair in pairs.values()})
     lines = [
         "---",
         *head,
@@ -137,7 +180,7 @@ def _card(written: dict[str, Any], layers: dict[str, LoRALinear]) -> str:
         "# LoRA adapter",
         "",
         f"- Base model: {base or 'not recorded'}",
-        f"- Adapted layers: {len(layers)}",
+        f"- Adapted layers: {len(pairs)}",
         f"- Rank: {', '.join(map(str, ranks))}",
         f"- Alpha: {written['lora_alpha']}" + (" (rsLoRA)" if written["use_rslora"] else ""),
         f"- Parameters: {parameters:,}",

@@ -28,23 +28,7 @@ def load_folder(folder: Path, architecture: str | None) -> nn.Module:
         ConfigError: transformers is missing, the folder is not a model, its class is unknown, or
             its weights are incomplete, damaged or of other shapes.
     """
-    if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise ConfigError(
-            f"{str(folder)!r} has no config.json.",
-            hint="It is an adapter: give it with --adapter, and as BASE the model it belongs to."
-            if adapter
-            else "Give the folder that save_pretrained wrote.",
-        )
-    transformers = _import_transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{str(folder / 'config.json')!r} cannot be read: {first_line(error)}.",
-            hint="A model with code of its own needs module:factory.",
-        ) from error
-    model_class = _model_class(transformers, config, folder, architecture)
+    _, _, model_class = resolve(folder, architecture)
     try:
         model, found = model_class.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
@@ -66,6 +50,50 @@ def load_folder(folder: Path, architecture: str | None) -> nn.Module:
     config.use_cache = model.config.use_cache = False
     assert isinstance(model, nn.Module)
     return model
+
+
+def empty_model(folder: Path) -> nn.Module:
+    """Build the model of a folder on torch's meta device: its modules without any weights.
+
+    Raises:
+        ConfigError: transformers is missing, the folder is not a model, or its class is unknown or
+            cannot be built.
+    """
+    transformers, config, kind = resolve(folder, None)
+    try:
+        with torch.device("meta"):
+            built = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+    except Exception as error:  # whatever the model's own code raises
+        raise ConfigError(
+            f"the model of {str(folder)!r} cannot be built: {first_line(error)}."
+        ) from error
+    assert isinstance(built, nn.Module)
+    return built
+
+
+def resolve(folder: Path, architecture: str | None) -> tuple[Any, Any, Any]:
+    """Return transformers, the folder's config, and the class to load the folder as.
+
+    Raises:
+        ConfigError: transformers is missing, the folder is not a model, or its class is unknown.
+    """
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise ConfigError(
+            f"{str(folder)!r} has no config.json.",
+            hint="It is an adapter: give it with --adapter, and as BASE the model it belongs to."
+            if adapter
+            else "Give the folder that save_pretrained wrote.",
+        )
+    transformers = _import_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{str(folder / 'config.json')!r} cannot be read: {first_line(error)}.",
+            hint="A model with code of its own needs module:factory.",
+        ) from error
+    return transformers, config, _model_class(transformers, config, folder, architecture)
 
 
 def _import_transformers() -> Any:

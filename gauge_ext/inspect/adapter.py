@@ -69,7 +69,7 @@ class AdapterInspection:
 
     Attributes:
         path: Where it was read from.
-        sha256: The adapter's fingerprint, as exported models carry it.
+        sha256: The adapter's digest, as exported models carry it.
         base_model: ``base_model_name_or_path`` of its config, if any.
         layers: One entry an adapted layer.
     """

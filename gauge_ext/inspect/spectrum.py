@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gauge_ext.errors import AdapterFormatError, NonFiniteError
+from gauge_ext.geometry import linalg
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,14 @@ def delta_spectrum(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Spectrum:
             f"got lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}."
         )
     both_double = lora_A.dtype == lora_B.dtype == torch.float64
-    eps = torch.finfo(torch.float64 if both_double else torch.float32).eps
     factor_A = lora_A.detach().to("cpu", torch.float64)
     factor_B = lora_B.detach().to("cpu", torch.float64)
     finite = torch.isfinite(factor_A).all() and torch.isfinite(factor_B).all()
     if not (finite and math.isfinite(scaling)):
         raise NonFiniteError("the adapter's factors or its scaling hold NaN or infinity.")
 
-    r_A = torch.linalg.qr(factor_A.mT, mode="r").R  # (min(in, r), r)
-    r_B = torch.linalg.qr(factor_B, mode="r").R  # (min(out, r), r)
-    sigma = abs(scaling) * torch.linalg.svdvals(r_B @ r_A.mT)
-    values = tuple(sigma.tolist())
-    return Spectrum(values, values[0] * max(lora_A.shape[1], lora_B.shape[0]) * eps)
+    sigma = abs(scaling) * linalg.product_singular_values(factor_B, factor_A)
+    sides = (lora_B.shape[0], lora_A.shape[1])
+    stored = torch.float64 if both_double else torch.float32
+    threshold = float(linalg.rank_threshold(sigma, *sides, stored))
+    return Spectrum(tuple(sigma.tolist()), threshold)

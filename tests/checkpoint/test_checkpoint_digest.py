@@ -1,4 +1,4 @@
-"""The fingerprint changes with what an adapter computes, and with nothing else."""
+"""The digest changes with what an adapter computes, and with nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.checkpoint import (
     LoRAPair,
-    adapter_fingerprint,
+    adapter_digest,
     adapter_sha256,
     load_adapter,
     read_adapter,
@@ -41,11 +41,11 @@ def test_by_hand() -> None:
         for factor in (pair.lora_A, pair.lora_B):
             digest.update(str(tuple(factor.shape)).encode() + b"\0")
             digest.update(struct.pack(f"<{factor.numel()}d", *factor.flatten().tolist()))
-    assert adapter_fingerprint(CONFIG, pairs()) == digest.hexdigest()
+    assert adapter_digest(CONFIG, pairs()) == digest.hexdigest()
 
 
 def test_what_matters_changes_it() -> None:
-    reference = adapter_fingerprint(CONFIG, pairs())
+    reference = adapter_digest(CONFIG, pairs())
     moved = pairs()
     moved["a.v"].lora_B[3, 1] += 1e-6
     swapped = {"a.q": pairs()["a.v"], "a.v": pairs()["a.q"]}
@@ -54,20 +54,20 @@ def test_what_matters_changes_it() -> None:
         reshaped["a.q"].lora_A.reshape(3, 2), reshaped["a.q"].lora_B.reshape(2, 4)
     )
     others = {
-        adapter_fingerprint(CONFIG, moved),
-        adapter_fingerprint(CONFIG, swapped),
-        adapter_fingerprint(CONFIG, reshaped),
-        adapter_fingerprint(CONFIG, {"a.q": pairs()["a.q"]}),
-        adapter_fingerprint(replace(CONFIG, alpha=5.0), pairs()),
-        adapter_fingerprint(replace(CONFIG, use_rslora=True), pairs()),
-        adapter_fingerprint(replace(CONFIG, alpha_pattern={"a.v": 5.0}), pairs()),
+        adapter_digest(CONFIG, moved),
+        adapter_digest(CONFIG, swapped),
+        adapter_digest(CONFIG, reshaped),
+        adapter_digest(CONFIG, {"a.q": pairs()["a.q"]}),
+        adapter_digest(replace(CONFIG, alpha=5.0), pairs()),
+        adapter_digest(replace(CONFIG, use_rslora=True), pairs()),
+        adapter_digest(replace(CONFIG, alpha_pattern={"a.v": 5.0}), pairs()),
         reference,
     }
     assert len(others) == 8
 
 
 def test_what_does_not_matter_leaves_it() -> None:
-    reference = adapter_fingerprint(CONFIG, pairs())
+    reference = adapter_digest(CONFIG, pairs())
     backwards = dict(reversed(pairs().items()))
     for config, tensors in (
         (CONFIG, backwards),
@@ -77,7 +77,7 @@ def test_what_does_not_matter_leaves_it() -> None:
         (replace(CONFIG, target_modules=".*"), pairs()),
         (CONFIG, {n: LoRAPair(p.lora_A.T.contiguous().T, p.lora_B) for n, p in pairs().items()}),
     ):
-        assert adapter_fingerprint(config, tensors) == reference
+        assert adapter_digest(config, tensors) == reference
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
