@@ -161,8 +161,8 @@ def nearest_low_rank(
         factor: R, upper triangular and invertible ``(n, n)``, see :func:`input_factor`; None for
             the identity.
         oversampling: Columns of the sketch beyond the rank, at least 0.
-        power_iterations: q, at least 0. Where no singular value stands out, 2 leave an error up to 3%
-            above the least possible, and 3 one within 1%.
+        power_iterations: q, at least 0. Where no singular value stands out, 2 leave an error up
+            to 3% above the least possible, and 3 one within 1%.
         seed: Of Omega.
 
     Returns:
