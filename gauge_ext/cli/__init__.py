@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from gauge_ext.cli import demo, doctor, export, inspect, merge
+from gauge_ext.cli import combine, demo, doctor, export, extract, inspect, merge, regauge
 
 app = typer.Typer(
     name="gauge-ext",
@@ -48,7 +48,10 @@ for _command in (
     export.export,
     export.validate,
     merge.merge,
+    extract.extract,
+    combine.combine,
     inspect.inspect,
+    regauge.regauge,
     doctor.doctor,
 ):
     app.command()(_command)
