@@ -6,6 +6,7 @@ from gauge_ext.adapters import LoRAConfig, LoRAFiberBundle, LoRAGaugeField, LoRA
 from gauge_ext.checkpoint import load_adapter, save_adapter
 from gauge_ext.checkpoint.gauges import fingerprint, regauge
 from gauge_ext.errors import GaugeError
+from gauge_ext.merging import combine
 from gauge_ext.models import (
     adapter_parameters,
     attach,
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "adapter_parameters",
     "attach",
+    "combine",
     "detach",
     "fingerprint",
     "load_adapter",
