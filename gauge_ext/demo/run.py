@@ -18,7 +18,7 @@ from gauge_ext.checkpoint import save_adapter
 from gauge_ext.demo.corpus import Pair, Split, split_pairs, stdlib_pairs, words_of
 from gauge_ext.demo.encoder import BASE_NAME, SentenceEncoder, load_encoder, model_folder
 from gauge_ext.demo.latency import Latency, interleaved
-from gauge_ext.demo.metrics import retrieval
+from gauge_ext.demo.metrics import Retrieval, retrieval
 from gauge_ext.demo.progress import Clock, progress_bar
 from gauge_ext.demo.result import (
     DemoResult,
@@ -107,14 +107,14 @@ def run_demo(
     )
     names = [pair.name for pair in found]
     with clock.step("measure"):
-        before = _measure("before", encoder, tokenizer, split, names, console)
+        before = _measure("before", encoder, tokenizer, split, console)
     with clock.step("train"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         attach(encoder.bert, ADAPTER)
         _say_attached(encoder, console)
         losses = _train(encoder, tokenizer, split, settings, console)
     with clock.step("measure"):
-        after = _measure("after", encoder, tokenizer, split, names, console)
+        after = _measure("after", encoder, tokenizer, split, console)
     with clock.step("export"):
         adapter = save_adapter(encoder.bert, out / "adapter")
         exported = _export(encoder, tokenizer, out / "model.onnx", console)
@@ -178,43 +178,39 @@ def _measure(
     encoder: SentenceEncoder,
     tokenizer: TextTokenizer,
     split: Split,
-    names: Sequence[str],
     console: Console,
 ) -> Score:
     with progress_bar(console, f"measuring {stage}", "names") as update, torch.inference_mode():
         queries = encoder.encode(tokenizer, [pair.sentence for pair in split.held_out])
-        vectors = encoder.encode(tokenizer, [words_of(name) for name in names], update)
-    return _score(stage, queries, vectors, split, names, console)
+        names = [words_of(pair.name) for pair in split.held_out]
+        vectors = encoder.encode(tokenizer, names, update)
+    return Score(stage, _held_out(stage, queries, vectors, console))
 
 
 def _measure_files(
     model: Path, tokenizer: Path, split: Split, names: Sequence[str], console: Console
 ) -> tuple[NameIndex, Score]:
-    """Measures like :func:``_measure``, by what lies in ``out`` and without a torch model."""
+    """Measures by what lies in ``out``, without a torch model, and among all names as well."""
     encoder = OnnxEncoder(model, TextTokenizer(tokenizer))
     with progress_bar(console, "indexing with onnxruntime", "names") as update:
         index = NameIndex(encoder, names, update)
     queries = encoder.encode([pair.sentence for pair in split.held_out])
     vectors, texts = torch.from_numpy(index.vectors), torch.from_numpy(queries)
-    return index, _score("the ONNX file alone", texts, vectors, split, names, console)
-
-
-def _score(
-    stage: str,
-    queries: Tensor,
-    vectors: Tensor,
-    split: Split,
-    names: Sequence[str],
-    console: Console,
-) -> Score:
     row = {name: i for i, name in enumerate(names)}
     answers = torch.tensor([row[pair.name] for pair in split.held_out])
-    held_out = retrieval(queries, vectors[answers], torch.arange(len(answers)))
+    stage = "the ONNX file alone"
+    held_out = _held_out(stage, texts, vectors[answers], console)
+    return index, Score(stage, held_out, library=retrieval(texts, vectors, answers))
+
+
+def _held_out(stage: str, queries: Tensor, vectors: Tensor, console: Console) -> Retrieval:
+    """Scores queries whose answers are the vectors in the same order, and says so."""
+    found = retrieval(queries, vectors, torch.arange(len(queries)))
     console.print(
-        f"{stage}: recall@1 {held_out.recall_at_1:.3f}, MRR {held_out.mrr:.3f} among the "
-        f"{len(answers):,} held-out names."
+        f"{stage}: recall@1 {found.recall_at_1:.3f}, MRR {found.mrr:.3f} among the "
+        f"{len(queries):,} held-out names."
     )
-    return Score(stage, held_out, library=retrieval(queries, vectors, answers))
+    return found
 
 
 def _export(

@@ -52,8 +52,9 @@ def test_the_adapter_helped_and_the_file_is_as_good(demo: tuple[DemoResult, str]
     assert (result.train_pairs, result.held_out_pairs, len(result.losses)) == (40, 10, 16)
     assert after.held_out.mrr > before.held_out.mrr
     assert alone.held_out == after.held_out
-    assert alone.library == after.library
-    assert after.library.candidates == 50
+    assert alone.library is not None
+    assert alone.library.candidates == 50
+    assert alone.library.mrr <= alone.held_out.mrr
     assert after.held_out.candidates == 10
 
 
@@ -98,7 +99,8 @@ def test_everything_is_printed_and_reported(demo: tuple[DemoResult, str]) -> Non
         assert str(path) in page
     for score in result.scores:
         assert f"{score.held_out.recall_at_1:.3f}" in page
-        assert f"{score.library.mrr:.3f}" in page
+        if score.library is not None:
+            assert f"{score.library.mrr:.3f}" in page
     for query, hits in result.answers.items():
         assert query in page
         assert len(hits) == 3
