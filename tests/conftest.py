@@ -6,9 +6,11 @@ import atexit
 import copy
 import os
 import random
+import resource
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,25 @@ def _llama() -> nn.Module:
 def llama(_llama: nn.Module) -> nn.Module:
     """A LlamaForCausalLM of 2 layers and width 16, lm_head tied to the embedding."""
     return copy.deepcopy(_llama)
+
+
+@pytest.fixture
+def small_files() -> Callable[[int], AbstractContextManager[None]]:
+    """Let the system itself stop every file at so many bytes: a full disk, in mid-write.
+
+    ``with small_files(4096): ...``; not for a whole test, since pytest's output may be a file too.
+    """
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture

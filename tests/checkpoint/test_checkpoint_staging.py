@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -31,15 +31,6 @@ def fill(target: Path, files: dict[str, bytes], error: BaseException | None = No
             write_bytes(folder / name, content)
         if error is not None:
             raise error
-
-
-@pytest.fixture
-def small_disk() -> Iterator[None]:
-    """Let the system itself refuse to write more than 4096 bytes to a file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
@@ -94,14 +85,15 @@ def test_a_failing_body_leaves_nothing(tmp_path: Path, exists: bool, error: Base
 
 
 @pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.usefixtures("small_disk")
-def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path, exists: bool) -> None:
+def test_a_disk_that_fills_up_in_the_middle(
+    small_files: Callable[[int], AbstractContextManager[None]], tmp_path: Path, exists: bool
+) -> None:
     target = tmp_path / "deep" / "target"
     if exists:
         target.mkdir(parents=True)
         (target / "a").write_bytes(b"old")
     before = tree(tmp_path)
-    with pytest.raises(WriteError) as caught:
+    with small_files(4096), pytest.raises(WriteError) as caught:
         fill(target, {"a": b"new", "big": b"x" * 100_000})
     assert tree(tmp_path) == before
     assert f"{target} could not be written: File too large." in str(caught.value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-import resource
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,10 @@ def test_extra_must_be_json_and_honest(
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_disk_that_fills_up_leaves_the_old_adapter(
-    make_mlp: Callable[..., nn.Module], tmp_path: Path, exists: bool
+    make_mlp: Callable[..., nn.Module],
+    small_files: Callable[[int], AbstractContextManager[None]],
+    tmp_path: Path,
+    exists: bool,
 ) -> None:
     model = adapted(make_mlp(200, 200))  # more than 4096 bytes
     folder = tmp_path / "adapter"
@@ -236,13 +239,8 @@ def test_a_disk_that_fills_up_leaves_the_old_adapter(
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with torch.no_grad():
         model.up.lora_B.mul_(2)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(WriteError, match="could not be written"):
-            save_adapter(model, folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with small_files(4096), pytest.raises(WriteError, match="could not be written"):
+        save_adapter(model, folder)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert folder.exists() is exists
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -205,15 +204,6 @@ def unchanged_after_setup(factory_folder: Path, tiny: Path, tmp_path: Path) -> I
     before = listing()
     yield
     assert listing() == before
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file can grow beyond 700 bytes: what a full disk does, in the middle of a write."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import Result
 
 Run = Callable[..., Result]
 Fails = Callable[..., str]
+SmallFiles = Callable[[int], AbstractContextManager[None]]
 Delta = Callable[[tuple[Tensor, Tensor]], Tensor]
 Factors = dict[str, tuple[Tensor, Tensor]]
 MakeAdapter = Callable[..., tuple[Path, Factors]]
@@ -158,9 +160,10 @@ class TestNothingIsWrittenWhen:
         assert "positive weights" in fails("DIR=WEIGHT", *arguments)
 
     def test_the_disk_is_full(
-        self, tiny: Path, fails: Fails, small_files: None, tmp_path: Path
+        self, tiny: Path, fails: Fails, small_files: SmallFiles, tmp_path: Path
     ) -> None:
-        fails("--out", "combine", f"{tiny}=1", "--out", tmp_path / "out")
+        with small_files(700):
+            fails("--out", "combine", f"{tiny}=1", "--out", tmp_path / "out")
 
 
 def test_unrelated_adapters_have_no_mean(two: tuple, fails: Fails, tmp_path: Path) -> None:

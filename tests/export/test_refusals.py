@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +92,11 @@ def test_unwritable_targets(mlp, tmp_path, listing):
 
 
 @pytest.mark.parametrize("external", [True, False])
-def test_a_write_that_stops_in_the_middle(mlp, external, tmp_path, listing):
+def test_a_write_that_stops_in_the_middle(mlp, external, tmp_path, listing, small_files):
     (tmp_path / "m.onnx").write_bytes(b"before")
     # A real limit of the kernel's, so that the writer itself meets a short write.
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(WriteError, match=r"m\.onnx") as caught:
-            export_onnx(mlp, (torch.randn(2, 12),), tmp_path / "m.onnx", external_data=external)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with small_files(1000), pytest.raises(WriteError, match=r"m\.onnx") as caught:
+        export_onnx(mlp, (torch.randn(2, 12),), tmp_path / "m.onnx", external_data=external)
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == errno.EFBIG
     assert listing() == ["m.onnx"]
