@@ -26,6 +26,7 @@ from gauge_ext.demo.result import (
 )
 from gauge_ext.demo.search import NameIndex, OnnxEncoder
 from gauge_ext.demo.text import TextTokenizer
+from gauge_ext.demo.threads import useful_threads
 from gauge_ext.demo.train import Step, TrainConfig, train
 from gauge_ext.models import adapter_parameters, attach, lora_layers, merge
 
@@ -106,15 +107,16 @@ def run_demo(
         f"{len(split.held_out):,} held out."
     )
     names = [pair.name for pair in found]
-    with clock.step("measure"):
-        before = _measure("before", encoder, tokenizer, split, console)
-    with clock.step("train"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        attach(encoder.bert, ADAPTER)
-        _say_attached(encoder, console)
-        losses = _train(encoder, tokenizer, split, settings, console)
-    with clock.step("measure"):
-        after = _measure("after", encoder, tokenizer, split, console)
+    with useful_threads(partial(_sample, encoder, tokenizer, split)) as threads:
+        with clock.step("measure"):
+            before = _measure("before", encoder, tokenizer, split, console)
+        with clock.step("train"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            attach(encoder.bert, ADAPTER)
+            _say_attached(encoder, threads, console)
+            losses = _train(encoder, tokenizer, split, settings, console)
+        with clock.step("measure"):
+            after = _measure("after", encoder, tokenizer, split, console)
     with clock.step("export"):
         adapter = save_adapter(encoder.bert, out / "adapter")
         exported = _export(encoder, tokenizer, out / "model.onnx", console)
@@ -264,12 +266,19 @@ def _latencies(
     return latencies
 
 
-def _say_attached(encoder: SentenceEncoder, console: Console) -> None:
+def _sample(encoder: SentenceEncoder, tokenizer: TextTokenizer, split: Split) -> None:
+    """Does a small piece of what measuring and training do."""
+    with torch.inference_mode():
+        encoder.encode(tokenizer, [pair.sentence for pair in split.train[:32]])
+
+
+def _say_attached(encoder: SentenceEncoder, threads: int, console: Console) -> None:
     trained = sum(parameter.numel() for parameter in adapter_parameters(encoder))
     total = sum(parameter.numel() for parameter in encoder.parameters())
     console.print(
         f"rank {ADAPTER.rank} adapters on {len(lora_layers(encoder))} layers: {trained:,} of "
-        f"{total:,} parameters are trained ({trained / total:.1%})."
+        f"{total:,} parameters are trained ({trained / total:.1%}); "
+        f"threads used: {threads}."
     )
 
 
