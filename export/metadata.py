@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext._version import __version__
+from gauge_ext.adapters import WrappedAdapter
 from gauge_ext.checkpoint import adapter_sha256
 from gauge_ext.errors import ConfigError
 from gauge_ext.export.inputs import Bounds
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from gauge_ext.export.graph import Graph
 
 PREFIX = "gauge_ext."
+_WRAPPED_BASE = "base_model."
 
 
 def provenance(model: nn.Module, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -105,12 +107,25 @@ def read_bounds(metadata: Mapping[str, str]) -> Bounds:
 def base_sha256(model: nn.Module) -> str | None:
     """The SHA-256 of a model's state dict without adapters, in hexadecimal.
 
-    It covers names, dtypes, shapes and bytes, sorted by name. Merged layers count with the weight
-    they had before; None where a layer did not keep it (``merge(keep_base=False)``).
+    It covers names, dtypes, shapes and bytes, sorted by name: those that the plain model has, also
+    where a :class:`~gauge_ext.adapters.WrappedAdapter` stands in a layer's place. Merged layers
+    count with the weight they had before; None where a layer did not keep it
+    (``merge(keep_base=False)``).
     """
     layers = lora_layers(model)
+    # Adapters that hold their base as a submodule: what is theirs, and what is the base's.
+    wrapped = [
+        f"{p}." if p else "" for p, m in model.named_modules() if isinstance(m, WrappedAdapter)
+    ]
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        name = key
+        prefix = next((prefix for prefix in wrapped if key.startswith(prefix)), None)
+        if prefix is not None:
+            inner = key.removeprefix(prefix)
+            if not inner.startswith(_WRAPPED_BASE):
+                continue
+            name = prefix + inner.removeprefix(_WRAPPED_BASE)
         path, _, last = name.rpartition(".")
         layer = layers.get(path)
         if layer is not None and last in {"lora_A", "lora_B"}:

@@ -31,6 +31,14 @@ def test_the_base_is_the_same_whatever_the_adapter_does(mlp, adapted):
     assert base_sha256(mlp) is None
 
 
+@pytest.mark.parametrize("adapter", [gauge_ext.LoRAGaugeField, gauge_ext.LoRAFiberBundle])
+def test_the_base_is_the_same_below_an_adapter_that_holds_it(mlp, adapter):
+    before, alone = base_sha256(mlp), base_sha256(mlp.up)
+    assert base_sha256(adapter(copy.deepcopy(mlp.up), 2)) == alone
+    mlp.up = adapter(mlp.up, 2)
+    assert base_sha256(mlp) == before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.int8], ids=str)
 def test_every_dtype_is_bytes(dtype):
     model = nn.Module()
