@@ -10,10 +10,12 @@ The order in which to read:
   other sizes, :mod:`compare` and :mod:`tolerance` judge, :mod:`report` shows.
 - :mod:`merge` and :mod:`base_folder` merge an adapter into a folder of weights, without ONNX.
 
-Importing this needs torch alone; onnx and onnxruntime are asked for when they are used.
+Importing this imports nothing else: torch, onnx and onnxruntime are asked for when they are used.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 if __name__ != "gauge_ext.export":
     raise ImportError(
@@ -21,11 +23,16 @@ if __name__ != "gauge_ext.export":
         "(two names for one module would make two copies of every class)"
     )
 
-from gauge_ext.export.merge import MergeReport, merge_checkpoint
-from gauge_ext.export.report import CaseResult, ExportReport, OutputDifference, ValidationReport
-from gauge_ext.export.to_onnx import export_onnx
-from gauge_ext.export.tolerance import Tolerance
-from gauge_ext.export.validate import DisagreementError, validate_onnx
+from gauge_ext._lazy import deferred
+
+if TYPE_CHECKING:
+    from gauge_ext.export.merge import MergeReport, merge_checkpoint
+    from gauge_ext.export.report import CaseResult, ExportReport, OutputDifference, ValidationReport
+    from gauge_ext.export.to_onnx import export_onnx
+    from gauge_ext.export.tolerance import Tolerance
+    from gauge_ext.export.validate import DisagreementError, validate_onnx
+else:
+    __getattr__, __dir__ = deferred(__name__)
 
 __all__ = [
     "CaseResult",

@@ -1,20 +1,30 @@
 """LoRA adapters by a compiled op, as points of a fibre bundle, and their way into ONNX Runtime."""
 
-from gauge_ext import ops
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gauge_ext._lazy import deferred, import_with_torch
 from gauge_ext._version import __version__
-from gauge_ext.adapters import LoRAConfig, LoRAFiberBundle, LoRAGaugeField, LoRALinear
-from gauge_ext.checkpoint import load_adapter, save_adapter
-from gauge_ext.checkpoint.gauges import fingerprint, regauge
-from gauge_ext.errors import GaugeError
-from gauge_ext.merging import combine
-from gauge_ext.models import (
-    adapter_parameters,
-    attach,
-    detach,
-    merge,
-    named_adapter_parameters,
-    unmerge,
-)
+
+if TYPE_CHECKING:
+    from gauge_ext import ops
+    from gauge_ext.adapters import LoRAConfig, LoRAFiberBundle, LoRAGaugeField, LoRALinear
+    from gauge_ext.checkpoint import load_adapter, save_adapter
+    from gauge_ext.checkpoint.gauges import fingerprint, regauge
+    from gauge_ext.errors import GaugeError
+    from gauge_ext.merging import combine
+    from gauge_ext.models.attach import (
+        adapter_parameters,
+        attach,
+        detach,
+        named_adapter_parameters,
+    )
+    from gauge_ext.models.merge import merge, unmerge
+else:
+    __getattr__, __dir__ = deferred(__name__)
+
+import_with_torch("gauge_ext.ops")
 
 __all__ = [
     "GaugeError",

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a module imports only from lines above its own, or from its own package.
 # "" is gauge_ext/__init__.py, which collects the public names.
 LAYERS = (
-    ("_version", "errors", "html"),
+    ("_version", "_lazy", "errors", "html"),
     ("_load",),
     ("ops",),
     ("geometry",),

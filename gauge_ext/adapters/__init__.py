@@ -10,12 +10,19 @@ submodule (:mod:`wrapped`, :mod:`low_rank`) and know their own geometry.
 
 from __future__ import annotations
 
-from gauge_ext.adapters.config import LoRAConfig
-from gauge_ext.adapters.fiber_bundle import Fiber, FullFiberBundle, LoRAFiberBundle
-from gauge_ext.adapters.gauge_field import LoRAGaugeField, ParallelPath
-from gauge_ext.adapters.lora import LoRALinear
-from gauge_ext.adapters.support import unsupported_reason
-from gauge_ext.adapters.wrapped import WrappedAdapter
+from typing import TYPE_CHECKING
+
+from gauge_ext._lazy import deferred
+
+if TYPE_CHECKING:
+    from gauge_ext.adapters.config import LoRAConfig
+    from gauge_ext.adapters.fiber_bundle import Fiber, FullFiberBundle, LoRAFiberBundle
+    from gauge_ext.adapters.gauge_field import LoRAGaugeField, ParallelPath
+    from gauge_ext.adapters.lora import LoRALinear
+    from gauge_ext.adapters.support import unsupported_reason
+    from gauge_ext.adapters.wrapped import WrappedAdapter
+else:
+    __getattr__, __dir__ = deferred(__name__)
 
 __all__ = [
     "Fiber",

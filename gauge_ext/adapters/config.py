@@ -6,20 +6,17 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gauge_ext.adapters import patterns
 from gauge_ext.errors import ConfigError
 
+if TYPE_CHECKING:  # an adapter is read, and merged into a file, without torch
+    import torch
+
 ALL_LINEAR = "all-linear"
 
 Init = Literal["kaiming", "gaussian"]
-
-# The kernels and the plain-torch fallback compute in these; anything else (integers, float8) holds
-# codes of weights, not weights.
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -99,8 +96,11 @@ class LoRAConfig:
         self._check_layers(keep)
         if self.init not in get_args(Init):
             raise _wrong("init", " or ".join(map(repr, get_args(Init))), self.init)
-        if self.adapter_dtype is not None and self.adapter_dtype not in FLOAT_DTYPES:
-            raise _wrong("adapter_dtype", f"one of {FLOAT_DTYPES} or None", self.adapter_dtype)
+        if self.adapter_dtype is not None:
+            from gauge_ext.adapters.dtypes import FLOAT_DTYPES
+
+            if self.adapter_dtype not in FLOAT_DTYPES:
+                raise _wrong("adapter_dtype", f"one of {FLOAT_DTYPES} or None", self.adapter_dtype)
         if not isinstance(self.extra, Mapping):
             raise _wrong("extra", "a mapping", self.extra)
         keep("extra", dict(self.extra))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from gauge_ext.adapters.config import FLOAT_DTYPES
+from gauge_ext.adapters.dtypes import FLOAT_DTYPES
 
 
 def unsupported_reason(module: nn.Module) -> str | None:

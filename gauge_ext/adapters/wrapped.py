@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gauge_ext.adapters.config import FLOAT_DTYPES
+from gauge_ext.adapters.dtypes import FLOAT_DTYPES
 from gauge_ext.adapters.lora import LoRALinear
 from gauge_ext.adapters.merging import add_update
 from gauge_ext.errors import AdapterStateError, TargetError

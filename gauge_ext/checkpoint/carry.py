@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gauge_ext.checkpoint.assemble import assemble
+from gauge_ext.checkpoint.assembly import assemble
 from gauge_ext.checkpoint.digest import adapter_digest
-from gauge_ext.checkpoint.extract import Source
+from gauge_ext.checkpoint.extracting import Source
 from gauge_ext.checkpoint.format import LoRAPair
 from gauge_ext.checkpoint.pairing import match_names
 from gauge_ext.checkpoint.read import AdapterCheckpoint

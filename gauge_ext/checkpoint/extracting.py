@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext.adapters import LoRAConfig
-from gauge_ext.adapters.config import ALL_LINEAR, FLOAT_DTYPES
-from gauge_ext.checkpoint.assemble import assemble
+from gauge_ext.adapters.config import ALL_LINEAR
+from gauge_ext.adapters.dtypes import FLOAT_DTYPES
+from gauge_ext.checkpoint.assembly import assemble
 from gauge_ext.checkpoint.extraction import ExtractedLayer, Extraction
 from gauge_ext.checkpoint.format import LoRAPair
 from gauge_ext.checkpoint.moments import LayerInputs

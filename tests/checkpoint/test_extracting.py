@@ -246,7 +246,7 @@ def test_no_layer_is_ever_whole_in_memory(
     folders: Folders, mlp: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The package's name for it is the function.
-    extract_module = importlib.import_module("gauge_ext.checkpoint.extract")
+    extract_module = importlib.import_module("gauge_ext.checkpoint.extracting")
     monkeypatch.setattr(low_rank, "_BLOCK_BYTES", 8 * 12 * 4)
     monkeypatch.setattr(extract_module, "_BLOCK_NUMBERS", 12 * 4)
     read: list[int] = []
