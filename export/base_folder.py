@@ -122,7 +122,7 @@ def match_targets(base: BaseFolder, adapter: AdapterCheckpoint) -> dict[str, str
     for name, module in fits[0].items():
         stored, pair = base.tensors[name], adapter.tensors[module]
         shape = (pair.lora_B.shape[0], pair.lora_A.shape[1])
-        if stored.shape != shape:
+        if stored.shape != (shape[::-1] if is_transposed(stored, adapter, module) else shape):
             raise AdapterMismatchError(
                 f"the adapter for {module!r} is for a weight of shape {shape}, and {name} in "
                 f"{base.path} has shape {stored.shape}.",
@@ -141,6 +141,17 @@ def match_targets(base: BaseFolder, adapter: AdapterCheckpoint) -> dict[str, str
                 hint=_UNTIE,
             )
     return fits[0]
+
+
+def is_transposed(stored: Stored, adapter: AdapterCheckpoint, module: str) -> bool:
+    """Whether a weight lies as (in, out), as in transformers' Conv1D.
+
+    The adapter says whether it is for such layers; beside them it may be for ordinary ones, which
+    the shape tells apart unless it is square. In the models that have Conv1D, those are too.
+    """
+    pair = adapter.tensors[module]
+    shape = (pair.lora_A.shape[1], pair.lora_B.shape[0])
+    return adapter.config.fan_in_fan_out and stored.shape == shape
 
 
 class _Rename:

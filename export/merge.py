@@ -17,7 +17,14 @@ import torch
 from gauge_ext._version import __version__
 from gauge_ext.checkpoint import AdapterCheckpoint, LoRAPair, read_adapter
 from gauge_ext.errors import NonFiniteError
-from gauge_ext.export.base_folder import FLOATS, BaseFolder, Stored, match_targets, open_base
+from gauge_ext.export.base_folder import (
+    FLOATS,
+    BaseFolder,
+    Stored,
+    is_transposed,
+    match_targets,
+    open_base,
+)
 from gauge_ext.export.files import require_space, staged_folder
 
 Progress = Callable[[str, float], None]  # what is being done, and the share that is done
@@ -98,7 +105,10 @@ def merge_checkpoint(
                 stored = base.tensors[name]
                 if stored.file == shard:
                     scaling = adapter.config.scaling_for(module)
-                    _merge_tensor(base, folder, name, stored, adapter.tensors[module], scaling)
+                    pair = adapter.tensors[module]
+                    if is_transposed(stored, adapter, module):  # W + (s B A)ᵀ
+                        pair = LoRAPair(pair.lora_B.mT, pair.lora_A.mT)
+                    _merge_tensor(base, folder, name, stored, pair, scaling)
         (folder / PROVENANCE_NAME).write_text(_provenance(adapter, targets))
         written = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
         size = sum((folder / file).stat().st_size for file in written)

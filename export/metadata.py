@@ -20,7 +20,7 @@ from gauge_ext.adapters import WrappedAdapter
 from gauge_ext.checkpoint import adapter_sha256
 from gauge_ext.errors import ConfigError
 from gauge_ext.export.inputs import Bounds
-from gauge_ext.models import lora_layers
+from gauge_ext.models import adapters, lora_layers
 
 if TYPE_CHECKING:
     from gauge_ext.export.graph import Graph
@@ -55,7 +55,7 @@ def provenance(model: nn.Module, extra: Mapping[str, str] | None = None) -> dict
     base = base_sha256(model)
     if base is not None:
         said["base_sha256"] = base
-    layers = lora_layers(model)
+    layers = adapters(model)
     if layers:
         said["adapter_sha256"] = adapter_sha256(model)
         said["adapted_layers"] = json.dumps(
@@ -128,12 +128,12 @@ def base_sha256(model: nn.Module) -> str | None:
             name = prefix + inner.removeprefix(_WRAPPED_BASE)
         path, _, last = name.rpartition(".")
         layer = layers.get(path)
-        if layer is not None and last in {"lora_A", "lora_B"}:
+        if layer is not None and last in layer.adapter_parameters():
             continue
-        if layer is not None and last == "weight" and layer.merged:
-            if layer.kept_weight is None:
-                return None
-            tensors[name] = layer.kept_weight
+        if layer is not None and layer.merged and not layer.can_unmerge:
+            return None
+        if layer is not None and last in layer.kept_parameters:
+            tensors[name] = layer.kept_parameters[last]
         elif isinstance(tensor, Tensor):  # and not what a get_extra_state() added
             tensors[name] = tensor
     return _digest(tensors.items())

@@ -156,7 +156,7 @@ def _open(path: Path) -> tuple[Any, str]:
 def _evaluation_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode that shares the parameters; flags and buffers are its own."""
     inner = unwrap(model)
-    kept = [w for layer in lora_layers(inner).values() if (w := layer.kept_weight) is not None]
+    kept = [p for layer in lora_layers(inner).values() for p in layer.kept_parameters.values()]
     memo: dict[int, Any] = {id(p): p for p in (*inner.parameters(), *kept)}
     try:
         return copy.deepcopy(inner, memo).eval()

@@ -6,17 +6,16 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from gauge_ext.adapters import patterns
+from gauge_ext.adapters.spec import AdapterSpec, Init
 from gauge_ext.errors import ConfigError
 
 if TYPE_CHECKING:  # an adapter is read, and merged into a file, without torch
     import torch
 
 ALL_LINEAR = "all-linear"
-
-Init = Literal["kaiming", "gaussian"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,9 @@ class LoRAConfig:
             output embeddings.
         exclude_modules: Names, or an expression, of modules that are left out all the same.
         use_rslora: s = alpha / sqrt(rank) instead (rank-stabilised, arXiv:2312.03732).
+        fan_in_fan_out: Whether the base weights lie transposed, (in, out), as in transformers'
+            ``Conv1D``. On a model each layer knows that itself; a file says it to those who merge
+            without a model, and is written with it.
         rank_pattern: Ranks of modules that differ from ``rank``: expression for the end of a path
             -> rank; the first that matches wins.
         alpha_pattern: The same for ``alpha``.
@@ -59,6 +61,7 @@ class LoRAConfig:
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] | None = None
     use_rslora: bool = False
+    fan_in_fan_out: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: int | Sequence[int] | None = None
@@ -89,8 +92,9 @@ class LoRAConfig:
         for name in ("task_type", "base_model_name_or_path"):
             if not isinstance(getattr(self, name), str | None):
                 raise _wrong(name, "a string or None", getattr(self, name))
-        if not isinstance(self.use_rslora, bool):
-            raise _wrong("use_rslora", "True or False", self.use_rslora)
+        for name in ("use_rslora", "fan_in_fan_out"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, "True or False", getattr(self, name))
         keep("rank_pattern", _table("rank_pattern", self.rank_pattern, _rank))
         keep("alpha_pattern", _table("alpha_pattern", self.alpha_pattern, _finite))
         self._check_layers(keep)
@@ -164,6 +168,16 @@ class LoRAConfig:
         """Return s of the adapter on the module at path ``name``: alpha/r, or alpha/sqrt(r)."""
         rank = self.rank_for(name)
         return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def spec_for(self, name: str) -> AdapterSpec:
+        """Return what the adapter on the module at path ``name`` is to be."""
+        return AdapterSpec(
+            rank=self.rank_for(name),
+            scaling=self.scaling_for(name),
+            dropout=self.dropout,
+            init=self.init,
+            dtype=self.adapter_dtype,
+        )
 
 
 def _wrong(name: str, expected: str, got: object) -> ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from gauge_ext import ops
 from gauge_ext.adapters.merging import accumulation_dtype, adapter_dtype
+from gauge_ext.adapters.protocol import Kind
 from gauge_ext.adapters.wrapped import WrappedAdapter, is_plain
 from gauge_ext.errors import ConfigError
 from gauge_ext.geometry.gauge import Gauged, GaugeName, to_gauge
@@ -32,6 +34,7 @@ class LowRankAdapter(WrappedAdapter):
         ConfigError: The rank or the scaling cannot be used.
     """
 
+    kind: ClassVar[Kind] = "linear"
     scaling: float
 
     def __init__(self, base_model: nn.Module, rank: int, scaling: float) -> None:
@@ -56,6 +59,18 @@ class LowRankAdapter(WrappedAdapter):
     def rank(self) -> int:
         """r, the inner size of the two factors."""
         return self.lora_A.shape[0]
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what training changes, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith("base_model.")
+        }
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Return lora_A and lora_B, which is what a file holds."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
     def assign(self, point: LoRAPoint) -> None:
         """Make ``(s B, A) = (point.B, point.A)``, in the dtype of the factors.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gauge_ext.adapters.dtypes import FLOAT_DTYPES
-from gauge_ext.adapters.lora import LoRALinear
+from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.merging import add_update
 from gauge_ext.errors import AdapterStateError, TargetError
 
@@ -105,7 +105,7 @@ class WrappedAdapter(nn.Module):
     def unmergeable_reason(self) -> str | None:
         """Say why the update cannot be put into the base's weight, or return None where it can."""
         base = self.base_model
-        if any(isinstance(module, LoRALinear | WrappedAdapter) for module in base.modules()):
+        if any(isinstance(module, AdaptedLayer | WrappedAdapter) for module in base.modules()):
             return "it carries another adapter, which would be counted twice or lost"
         weight = base._parameters.get("weight")
         if weight is None or weight.ndim != 2:
@@ -136,7 +136,7 @@ def _sizes(base: nn.Module) -> tuple[int, int]:
     """(out, in) of the base's map."""
     if not isinstance(base, nn.Module):
         raise TargetError(f"base_model must be an nn.Module, got a {type(base).__name__}.")
-    if isinstance(base, LoRALinear | WrappedAdapter):
+    if isinstance(base, AdaptedLayer | WrappedAdapter):
         raise TargetError(
             f"base_model must be a plain layer, and this {type(base).__name__} has an adapter "
             "already."

@@ -44,18 +44,18 @@ def assemble(
 def describe_pairs(
     tensors: Mapping[str, LoRAPair],
     *,
-    scaling: float = 1.0,
+    scaling: float | Mapping[str, float] = 1.0,
     like: LoRAConfig | None = None,
     modules: Collection[str] = (),
 ) -> LoRAConfig:
     """Return the config that gives exactly these modules these ranks, all with one scaling.
 
-    The most frequent rank is ``rank``; the others go to ``rank_pattern`` and, so that alpha / rank
-    is the same everywhere, to ``alpha_pattern``, both under the module's whole path.
+    The most frequent rank and scaling are ``rank`` and ``alpha / rank``; modules with others go to
+    ``rank_pattern`` and ``alpha_pattern`` under their whole paths.
 
     Args:
         tensors: Path of the module -> its factors.
-        scaling: s = alpha / rank of every module.
+        scaling: s = alpha / rank of every module, or of each by its path.
         like: Where notes that change nothing are taken from: task, base, unknown fields.
         modules: Paths of other modules of the model, as far as they are known; the targets are
             their shortest names that mean none of those.
@@ -66,18 +66,25 @@ def describe_pairs(
     """
     if not tensors:
         raise AdapterFormatError("an adapter needs the factors of at least one module, got none.")
-    ranks = {name: pair.lora_A.shape[0] for name, pair in sorted(tensors.items())}
-    counts = Counter(ranks.values())
-    usual = max(counts, key=lambda rank: (counts[rank], rank))
+    numbers = {
+        name: (pair.rank, scaling[name] if isinstance(scaling, Mapping) else scaling)
+        for name, pair in sorted(tensors.items())
+    }
+    counts = Counter(numbers.values())
+    usual, scale = max(counts, key=lambda number: (counts[number], number))
     # Anchored: an expression is matched against the end of a path, and one may end in another.
-    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
+    others = {
+        f"^{re.escape(name)}": number
+        for name, number in numbers.items()
+        if number != (usual, scale)
+    }
     return dataclasses.replace(
         like or LoRAConfig(),
         rank=usual,
-        alpha=scaling * usual,
+        alpha=scale * usual,
         use_rslora=False,
-        rank_pattern=others,
-        alpha_pattern={name: scaling * rank for name, rank in others.items()},
+        rank_pattern={name: rank for name, (rank, _) in others.items() if rank != usual},
+        alpha_pattern={name: s * rank for name, (rank, s) in others.items()},
         target_modules=exact_targets(tensors, modules),
         exclude_modules=None,
         layers_to_transform=None,

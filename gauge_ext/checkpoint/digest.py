@@ -11,7 +11,7 @@ from torch import nn
 
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.checkpoint.format import LoRAPair
-from gauge_ext.models import adapter_config, attached_modules, lora_layers
+from gauge_ext.models import adapter_config, adapters, attached_modules
 
 
 def adapter_digest(config: LoRAConfig, tensors: Mapping[str, LoRAPair]) -> str:
@@ -36,12 +36,12 @@ def adapter_sha256(model: nn.Module) -> str:
         AdapterStateError: No adapters are attached.
     """
     owners = attached_modules(model)
-    layers = lora_layers(owners[0] if len(owners) == 1 else model)
+    layers = adapters(owners[0] if len(owners) == 1 else model)
     if not layers:
         adapter_config(model)  # says what is wrong where nothing is attached
     return _digest(
         {name: layer.scaling for name, layer in layers.items()},
-        {name: LoRAPair(layer.lora_A, layer.lora_B) for name, layer in layers.items()},
+        {name: LoRAPair.of(layer) for name, layer in layers.items()},
     )
 
 
@@ -49,7 +49,7 @@ def _digest(scalings: Mapping[str, float], tensors: Mapping[str, LoRAPair]) -> s
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name}\0{scalings[name].hex()}\0".encode())
-        for factor in (tensors[name].lora_A, tensors[name].lora_B):
+        for factor in tensors[name].tensors.values():
             digest.update(f"{tuple(factor.shape)}\0".encode())
             wide = factor.detach().to("cpu", torch.float64).contiguous()
             # By address, since numpy, which torch needs for its own way, may be absent.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gauge_ext.adapters import LoRAConfig
-from gauge_ext.adapters.config import Init
+from gauge_ext.adapters.spec import Init
 from gauge_ext.errors import AdapterFormatError, ConfigError
 
 # The release whose format is written; readers compare it with their own.
@@ -25,6 +25,7 @@ OWN = {
     "target_modules": "target_modules",
     "exclude_modules": "exclude_modules",
     "use_rslora": "use_rslora",
+    "fan_in_fan_out": "fan_in_fan_out",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
     "layers_to_transform": "layers_to_transform",
@@ -51,7 +52,6 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_parameters": (_unset, "adapters on bare parameters"),
     "trainable_token_indices": (_unset, "trained tokens"),
     "layer_replication": (_unset, "replicated layers"),
-    "fan_in_fan_out": (_unset, "transposed base weights"),
     "ensure_weight_tying": (_unset, "tied adapters"),
     # An empty sub-config still switches its variant on, so only null and false are off.
     "megatron_config": (_absent, "Megatron's parallel layers"),
@@ -69,10 +69,6 @@ HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _MERGE_HINT = "Merge the adapter with PEFT, or train it without that field."
 _INIT_HINT = (
     "Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
-)
-_FAN_HINT = (
-    "It matters for transformers' Conv1D alone; if every target is an nn.Linear, where PEFT "
-    "ignores it, set it to false."
 )
 
 # Fields that change nothing of what an adapter in a file computes: notes for others, and settings
@@ -103,7 +99,6 @@ DEFAULTS: dict[str, Any] = {
     "corda_config": None,
     "ensure_weight_tying": False,
     "eva_config": None,
-    "fan_in_fan_out": False,
     "inference_mode": True,
     "init_lora_weights": True,
     "kasa_config": None,
@@ -148,7 +143,7 @@ def check_supported(raw: Mapping[str, Any], where: str) -> None:
         if name in raw and not harmless(raw[name]):
             raise ConfigError(
                 f"{where}: {name} = {raw[name]!r} asks for {meaning}, which is not supported.",
-                hint=_FAN_HINT if name == "fan_in_fan_out" else _MERGE_HINT,
+                hint=_MERGE_HINT,
             )
     init = raw.get("init_lora_weights", True)
     if init not in HARMLESS_INITS:

@@ -7,7 +7,7 @@ The key of a factor is ``base_model.model.`` + the module's path + ``.lora_A.wei
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,14 +16,19 @@ from gauge_ext.errors import AdapterFormatError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gauge_ext.adapters import Adapter, Kind
+
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 CARD_NAME = "README.md"
 
 PREFIX = "base_model.model."
-SUFFIX_A = ".lora_A.weight"
-SUFFIX_B = ".lora_B.weight"
+
+# What follows the module's path in the key of each tensor, by the kind of the adapter.
+SUFFIXES: dict[Kind, dict[str, str]] = {
+    "linear": {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"},
+}
 
 # What other kinds of LoRA leave in a file, by a part of the key -> what it is. The first hit names
 # the key in the error.
@@ -47,26 +52,49 @@ class LoRAPair:
     Attributes:
         lora_A: ``(r, in)``.
         lora_B: ``(out, r)``, of lora_A's dtype.
+        kind: How they are laid out and named, see :class:`~gauge_ext.adapters.Adapter`.
     """
 
     lora_A: Tensor
     lora_B: Tensor
+    kind: Kind = "linear"
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> LoRAPair:
+        """Return the tensors of an adapter on a model; they are not copied."""
+        return cls(**adapter.adapter_tensors(), kind=adapter.kind)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors by their names here."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.lora_A.shape[0]
 
 
-def keys_of(module: str) -> tuple[str, str]:
-    """Return the keys of lora_A and lora_B of the module at path ``module``."""
-    return f"{PREFIX}{module}{SUFFIX_A}", f"{PREFIX}{module}{SUFFIX_B}"
+def keys_of(module: str, pair: LoRAPair) -> dict[str, Tensor]:
+    """Return the tensors of the module at path ``module`` under their keys."""
+    suffixes = SUFFIXES[pair.kind]
+    return {f"{PREFIX}{module}{suffixes[name]}": tensor for name, tensor in pair.tensors.items()}
 
 
-def module_of(key: str) -> tuple[str, str] | None:
-    """Return the module's path and "lora_A" or "lora_B", or None where ``key`` is neither's."""
-    for factor, suffix in (("lora_A", SUFFIX_A), ("lora_B", SUFFIX_B)):
-        if key.endswith(suffix):
-            path = key.removesuffix(suffix).removeprefix(PREFIX)
-            # torch.compile's wrapper leaves its own name in the paths of what it wraps.
-            path = path.removeprefix("_orig_mod.")
-            # A module inside PEFT's own wrapper has no path in the bare model.
-            return (path, factor) if path and ".base_layer" not in f".{path}" else None
+def module_of(key: str) -> tuple[str, Kind, str] | None:
+    """Return the module's path, the adapter's kind and the tensor's name, or None for other keys.
+
+    Args:
+        key: Such as ``base_model.model.encoder.query.lora_A.weight``.
+    """
+    for kind, suffixes in SUFFIXES.items():
+        for name, suffix in suffixes.items():
+            if key.endswith(suffix):
+                path = key.removesuffix(suffix).removeprefix(PREFIX)
+                # torch.compile's wrapper leaves its own name in the paths of what it wraps.
+                path = path.removeprefix("_orig_mod.")
+                # A module inside PEFT's own wrapper has no path in the bare model.
+                return (path, kind, name) if path and ".base_layer" not in f".{path}" else None
     return None
 
 
@@ -82,22 +110,28 @@ def pair_up(tensors: dict[str, Tensor], where: str) -> dict[str, LoRAPair]:
             the two do not fit each other.
     """
     found: dict[str, dict[str, Tensor]] = {}
+    kinds: dict[str, Kind] = {}
     strange = []
     for key, tensor in tensors.items():
         if (parts := module_of(key)) is None:
             strange.append(key)
-        elif parts[1] in found.setdefault(parts[0], {}):
-            raise AdapterFormatError(f"{where} holds {parts[1]} of {parts[0]!r} twice.")
-        else:
-            found[parts[0]][parts[1]] = tensor
+            continue
+        module, kind, name = parts
+        if name in found.setdefault(module, {}):
+            raise AdapterFormatError(f"{where} holds {name} of {module!r} twice.")
+        found[module][name] = tensor
+        kinds[module] = kind
     if strange:
         raise _strange(strange, where)
     if not found:
         raise AdapterFormatError(f"{where} holds no tensors, so it is no adapter.")
-    return {module: _pair(module, factors, where) for module, factors in sorted(found.items())}
+    return {
+        module: _pair(module, kinds[module], factors, where)
+        for module, factors in sorted(found.items())
+    }
 
 
-def _pair(module: str, factors: dict[str, Tensor], where: str) -> LoRAPair:
+def _pair(module: str, kind: Kind, factors: dict[str, Tensor], where: str) -> LoRAPair:
     for name, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
         if name not in factors:
             raise AdapterFormatError(f"{where} holds {other} of {module!r} but no {name}.")
@@ -119,7 +153,7 @@ def _pair(module: str, factors: dict[str, Tensor], where: str) -> LoRAPair:
             f"{where}: the factors of {module!r} must be of one floating-point dtype, got "
             f"{a.dtype} and {b.dtype}."
         )
-    return LoRAPair(a, b)
+    return LoRAPair(**factors, kind=kind)
 
 
 def _strange(keys: Iterable[str], where: str) -> AdapterFormatError:

@@ -16,7 +16,7 @@ from gauge_ext.geometry import LoRAPoint
 from gauge_ext.geometry.equal_energy import quantisation_factor
 from gauge_ext.geometry.fingerprint import Fingerprint, fingerprint_points
 from gauge_ext.geometry.gauge import GaugeName
-from gauge_ext.models import adapter_config, lora_layers
+from gauge_ext.models import adapter_config, adapters
 from gauge_ext.models.regauge import regauge_factors, regauge_model
 
 Saved = AdapterCheckpoint | str | os.PathLike[str]
@@ -131,8 +131,9 @@ def adapter_points(adapter: nn.Module | Saved) -> dict[str, LoRAPoint]:
     if isinstance(adapter, nn.Module):
         adapter_config(adapter)  # says what is wrong where nothing is attached
         return {
-            name: _point(layer.lora_B, layer.lora_A, layer.scaling)
-            for name, layer in lora_layers(adapter).items()
+            name: _point(pair.lora_B, pair.lora_A, layer.scaling)
+            for name, layer in adapters(adapter).items()
+            for pair in [LoRAPair.of(layer)]
         }
     checkpoint = _checkpoint(adapter)
     return {

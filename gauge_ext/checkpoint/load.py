@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from gauge_ext.adapters import LoRALinear
+from gauge_ext.adapters import AdaptedLayer, variant_for
 from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, TargetError
 from gauge_ext.models.attach import attachment, detach, lora_layers, put_on, record, unwrap
@@ -62,32 +62,31 @@ def load_adapter(model: ModelT, path: str | os.PathLike[str], *, trainable: bool
 
 @torch.no_grad()
 def _fill(
-    checkpoint: AdapterCheckpoint, layers: Mapping[str, LoRALinear], *, trainable: bool
+    checkpoint: AdapterCheckpoint, layers: Mapping[str, AdaptedLayer], *, trainable: bool
 ) -> None:
     for name, pair in checkpoint.tensors.items():
         layer = layers[name]
-        layer.lora_A.copy_(pair.lora_A)
-        layer.lora_B.copy_(pair.lora_B)
-        layer.lora_A.requires_grad_(trainable)
-        layer.lora_B.requires_grad_(trainable)
+        parameters = layer.adapter_parameters()
+        for factor, tensor in pair.tensors.items():
+            parameters[factor].copy_(tensor)
+            parameters[factor].requires_grad_(trainable)
         layer.scaling = checkpoint.config.scaling_for(name)
         layer.dropout_p = checkpoint.config.dropout
 
 
-def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn.Linear]:
+def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn.Module]:
     """Return the layers of a bare model that the file names, if it fits them."""
     modules = dict(model.named_modules())
     if unknown := [name for name in checkpoint.tensors if name not in modules]:
         raise _other_model(model, checkpoint, unknown)
-    layers: dict[str, nn.Linear] = {}
+    layers: dict[str, nn.Module] = {}
     for name in checkpoint.tensors:
         module = modules[name]
         if reason := blocker(model, name, module):
             raise TargetError(
                 f"{checkpoint.path} has an adapter for {name!r}, which cannot carry one: {reason}."
             )
-        if isinstance(module, nn.Linear):
-            layers[name] = module
+        layers[name] = module
     _require_shapes(checkpoint, layers)
     missing = [
         name
@@ -108,22 +107,29 @@ def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn
     return layers
 
 
-def _require_shapes(checkpoint: AdapterCheckpoint, layers: Mapping[str, nn.Linear]) -> None:
+def _require_shapes(checkpoint: AdapterCheckpoint, layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         pair = checkpoint.tensors[name]
-        theirs = (pair.lora_B.shape[0], pair.lora_A.shape[1])
-        ours = (layer.out_features, layer.in_features)
-        if theirs != ours:
+        variant = type(layer) if isinstance(layer, AdaptedLayer) else variant_for(layer)
+        if variant is None:
+            continue  # blocker() has refused it
+        theirs = {factor: tuple(tensor.shape) for factor, tensor in pair.tensors.items()}
+        ours = dict(zip(("lora_A", "lora_B"), variant.factor_shapes(layer, pair.rank), strict=True))
+        if pair.kind != variant.kind or theirs != ours:
+            weight = tuple(getattr(layer, variant.weight_name).shape)
             raise AdapterMismatchError(
-                f"the adapter for {name!r} does not fit: it is for a weight of shape {theirs} "
-                f"(lora_A {tuple(pair.lora_A.shape)}, lora_B {tuple(pair.lora_B.shape)}), and the "
-                f"model's weight has shape {ours}.",
+                f"the adapter for {name!r} does not fit: it has {_shapes(theirs)}, and the model's "
+                f"weight of shape {weight} needs {_shapes(ours)}.",
                 hint=f"It was made for a model of another size.{_base_note(checkpoint)}",
             )
 
 
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return " and ".join(f"{name} {shape}" for name, shape in shapes.items())
+
+
 def _require_same(
-    model: nn.Module, checkpoint: AdapterCheckpoint, layers: Mapping[str, LoRALinear]
+    model: nn.Module, checkpoint: AdapterCheckpoint, layers: Mapping[str, AdaptedLayer]
 ) -> None:
     """Check that the adapters on the model have the names, shapes and ranks of the file's."""
     attachment(model)  # says what is wrong where only a part of the model has adapters

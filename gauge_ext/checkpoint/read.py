@@ -64,14 +64,14 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterCheckpoint:
     tensors = pair_up(_read_weights(weights_file), str(weights_file))
     config = from_peft(raw, str(config_file), list(tensors))
     for name, pair in tensors.items():
-        if pair.lora_A.shape[0] != config.rank_for(name):
+        if pair.rank != config.rank_for(name):
             raise AdapterFormatError(
                 f"{folder}: the rank of {name!r} is {config.rank_for(name)} by {CONFIG_NAME} (r, "
                 f"rank_pattern), but its weights have lora_A {tuple(pair.lora_A.shape)} and lora_B "
                 f"{tuple(pair.lora_B.shape)}."
             )
-        for factor in ("lora_A", "lora_B"):
-            if not bool(getattr(pair, factor).isfinite().all()):
+        for factor, tensor in pair.tensors.items():
+            if not bool(tensor.isfinite().all()):
                 raise NonFiniteError(f"{weights_file}: {factor} of {name!r} holds NaN or infinity.")
     return AdapterCheckpoint(config, tensors, folder, raw, adapter_digest(config, tensors))
 

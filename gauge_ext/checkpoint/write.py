@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from gauge_ext._version import __version__
-from gauge_ext.adapters import LoRAConfig, LoRALinear, patterns
+from gauge_ext.adapters import Adapter, LoRAConfig, WrappedAdapter, patterns, variant_for
+from gauge_ext.adapters.transposed import LoRATransposed
+from gauge_ext.checkpoint.assembly import describe_pairs
 from gauge_ext.checkpoint.fields import to_peft
 from gauge_ext.checkpoint.format import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, LoRAPair, keys_of
 from gauge_ext.checkpoint.staging import staged_folder, write_bytes
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError, NonFiniteError
-from gauge_ext.models import adapter_config, lora_layers
+from gauge_ext.models import adapter_config, adapters, lora_layers
 from gauge_ext.models.attach import unwrap
 
 
@@ -45,11 +47,20 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         WriteError: The system refused a write; nothing is left or changed at ``path``.
     """
     inner = unwrap(model)
-    config = adapter_config(inner)
-    layers = lora_layers(inner)
+    layers = adapters(inner)
+    pairs = {name: LoRAPair.of(layer) for name, layer in layers.items()}
+    if lora_layers(inner) or not layers:
+        config = adapter_config(inner)
+    else:  # adapters that hold their base have no config but themselves
+        scalings = {name: layer.scaling for name, layer in layers.items()}
+        config = describe_pairs(pairs, scaling=scalings, modules=plain_paths(inner))
     for name, layer in layers.items():
         _check(name, layer, config)
-    written = to_peft(describe(inner, config, layers))
+        _require_finite(name, pairs[name])
+    config = describe(inner, config, layers)
+    if any(isinstance(layer, LoRATransposed) for layer in layers.values()):
+        config = dataclasses.replace(config, fan_in_fan_out=True)
+    written = to_peft(config)
     if written["base_model_name_or_path"] is None:
         written["base_model_name_or_path"] = vars(inner).get("name_or_path") or None
     if written["task_type"] is None and written["auto_mapping"] is None:
@@ -58,7 +69,6 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             "base_model_class": kind.__name__,
             "parent_library": kind.__module__,
         }
-    pairs = {name: LoRAPair(layer.lora_A, layer.lora_B) for name, layer in layers.items()}
     return _write(written, pairs, path)
 
 
@@ -83,9 +93,9 @@ def write_adapter(
         WriteError: The system refused a write; nothing is left or changed at ``path``.
     """
     for name, pair in tensors.items():
-        if pair.lora_A.shape[0] != config.rank_for(name):
+        if pair.rank != config.rank_for(name):
             raise AdapterMismatchError(
-                f"the factors of {name} have rank {pair.lora_A.shape[0]}, and the config says rank "
+                f"the factors of {name} have rank {pair.rank}, and the config says rank "
                 f"{config.rank_for(name)}.",
                 hint="Say so in rank_pattern.",
             )
@@ -98,7 +108,7 @@ def _write(
 ) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     for name, pair in pairs.items():
-        for key, factor in zip(keys_of(name), (pair.lora_A, pair.lora_B), strict=True):
+        for key, factor in keys_of(name, pair).items():
             # A copy, since safetensors refuses factors that share their storage.
             tensors[key] = factor.detach().to("cpu", copy=True).contiguous()
     try:
@@ -120,11 +130,11 @@ def describe(model: nn.Module, config: LoRAConfig, layers: Collection[str]) -> L
     "all-linear" is spelled out, as PEFT does: readers differ in what they leave out. The shortest
     form is chosen that is exact: last parts of the paths, else whole paths, else an expression.
     """
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    meant = {name for name in linear if config.selects(name)}
+    names = plain_paths(model)
+    able = {name for name, m in model.named_modules() if variant_for(m) or name in layers}
+    meant = {name for name in able if config.selects(name)}
     if not config.is_all_linear and meant == set(layers):
         return config
-    names = [name for name, _ in model.named_modules() if name]
     tails: dict[str, bool] = {}
     for name in names:
         tail = name.rpartition(".")[2]
@@ -142,7 +152,17 @@ def describe(model: nn.Module, config: LoRAConfig, layers: Collection[str]) -> L
     )
 
 
-def _check(name: str, layer: LoRALinear, config: LoRAConfig) -> None:
+def plain_paths(model: nn.Module) -> list[str]:
+    """Return the paths of a model's modules as they are without adapters that hold their base."""
+    wrapped = [name for name, m in model.named_modules() if isinstance(m, WrappedAdapter)]
+    return [
+        name
+        for name, _ in model.named_modules()
+        if name and not any(name.startswith(f"{path}." if path else "") for path in wrapped)
+    ]
+
+
+def _check(name: str, layer: Adapter, config: LoRAConfig) -> None:
     described = (config.rank_for(name), config.scaling_for(name))
     if (layer.rank, layer.scaling) != described:
         raise AdapterStateError(
@@ -150,12 +170,11 @@ def _check(name: str, layer: LoRALinear, config: LoRAConfig) -> None:
             f"{described[0]} and scaling {described[1]}, so it cannot be saved.",
             hint="Attach it with a config that says so (rank_pattern, alpha_pattern).",
         )
-    _require_finite(name, layer)
 
 
-def _require_finite(name: str, holder: LoRALinear | LoRAPair) -> None:
-    for factor in ("lora_A", "lora_B"):
-        if not bool(getattr(holder, factor).isfinite().all()):
+def _require_finite(name: str, pair: LoRAPair) -> None:
+    for factor, tensor in pair.tensors.items():
+        if not bool(tensor.isfinite().all()):
             raise NonFiniteError(
                 f"{factor} of {name} holds NaN or infinity.", hint="Nothing was saved."
             )
@@ -166,8 +185,8 @@ def _card(written: dict[str, Any], pairs: Mapping[str, LoRAPair]) -> str:
     # A JSON string is a YAML string, whatever the name holds.
     head = [f"base_model: {json.dumps(base)}"] if base else []
     tags = [f"- {json.dumps(f'base_model:adapter:{base}')}"] if base else []
-    parameters = sum(pair.lora_A.numel() + pair.lora_B.numel() for pair in pairs.values())
-    ranks = sorted({pair.lora_A.shape[0] for pair in pairs.values()})
+    parameters = sum(t.numel() for pair in pairs.values() for t in pair.tensors.values())
+    ranks = sorted({pair.rank for pair in pairs.values()})
     lines = [
         "---",
         *head,

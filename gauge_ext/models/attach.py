@@ -1,4 +1,4 @@
-"""Putting adapters on a model's linear layers, and taking them off again."""
+"""Putting adapters on a model's layers, and taking them off again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from gauge_ext.adapters import LoRAConfig, LoRALinear
+from gauge_ext.adapters import AdaptedLayer, Adapter, LoRAConfig, LowRankAdapter, adapt
 from gauge_ext.errors import AdapterStateError, ConfigError
 from gauge_ext.models import fast_path
 from gauge_ext.models.targets import find_targets, nearest_hint
@@ -26,7 +26,7 @@ class Attachment:
     Attributes:
         config: The adapters' description.
         names: Paths of the adapted layers.
-        skipped: Linear layers that "all-linear" left out -> why.
+        skipped: Layers that "all-linear" left out -> why.
         trainable: Names of the parameters that required gradients before.
         switches: See :func:`gauge_ext.models.fast_path.suspend`.
     """
@@ -39,7 +39,7 @@ class Attachment:
 
 
 def attach(model: ModelT, config: LoRAConfig) -> ModelT:
-    """Put LoRA adapters on the linear layers that ``config`` means, in place.
+    """Put LoRA adapters on the layers that ``config`` means, in place.
 
     Everything but the adapters is frozen; :func:`detach` restores the former ``requires_grad``.
 
@@ -73,29 +73,20 @@ def attach(model: ModelT, config: LoRAConfig) -> ModelT:
 def put_on(
     model: nn.Module,
     config: LoRAConfig,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     skipped: Mapping[str, str],
 ) -> None:
     """Adapt exactly ``layers`` of a bare ``model``: all of them, or on any failure none."""
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    adapted: list[LoRALinear] = []
+    adapted: list[AdaptedLayer] = []
     try:
-        for name, linear in layers.items():
-            adapted.append(
-                LoRALinear.from_linear(
-                    linear,
-                    rank=config.rank_for(name),
-                    scaling=config.scaling_for(name),
-                    dropout=config.dropout,
-                    init=config.init,
-                    dtype=config.adapter_dtype,
-                )
-            )
+        for name, layer in layers.items():
+            adapted.append(adapt(layer, config.spec_for(name)))
     except BaseException:
-        for layer in adapted:
-            layer.to_linear()
+        for done in adapted:
+            done.to_base()
         raise
-    own = {id(p) for layer in adapted for p in (layer.lora_A, layer.lora_B)}
+    own = {id(p) for layer in adapted for p in layer.adapter_parameters().values()}
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
@@ -117,29 +108,45 @@ def detach(model: ModelT) -> ModelT:
     for layer in lora_layers(inner).values():
         if layer.can_unmerge:
             layer.unmerge()
-        layer.to_linear()
+        layer.to_base()
     for name, parameter in inner.named_parameters():
         parameter.requires_grad_(name in done.trainable)
     forget(inner)
     return model
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Return the adapted layers by path, in the model's order."""
-    return {n: m for n, m in unwrap(model).named_modules() if isinstance(m, LoRALinear)}
+    return {n: m for n, m in unwrap(model).named_modules() if isinstance(m, AdaptedLayer)}
 
 
 def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return lora_A and lora_B of every adapted layer with their names in the model."""
+    """Return the parameters of every adapter, lora_A and lora_B, with their names in the model.
+
+    Those of :class:`~gauge_ext.LoRAGaugeField` and :class:`~gauge_ext.LoRAFiberBundle` have names
+    of their own.
+    """
     return [
-        (f"{name}.{factor}" if name else factor, getattr(layer, factor))
-        for name, layer in lora_layers(model).items()
-        for factor in ("lora_A", "lora_B")
+        (f"{name}.{factor}" if name else factor, parameter)
+        for name, layer in adapters(model).items()
+        for factor, parameter in layer.adapter_parameters().items()
     ]
 
 
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Return every adapter by the path of its layer, in the model's order.
+
+    Beside :func:`lora_layers` these are the adapters that hold their base as a submodule.
+    """
+    return {
+        name: module
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, AdaptedLayer | LowRankAdapter)
+    }
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return lora_A and lora_B of every adapted layer: what an optimizer is to train."""
+    """Return the parameters of every adapter: what an optimizer is to train."""
     return [parameter for _, parameter in named_adapter_parameters(model)]
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from gauge_ext.adapters import LoRALinear, WrappedAdapter
+from gauge_ext.adapters import AdaptedLayer, WrappedAdapter
 from gauge_ext.errors import AdapterStateError, NonFiniteError
 from gauge_ext.models.attach import forget, lora_layers, unwrap
 
@@ -76,7 +76,7 @@ def is_merged(model: nn.Module) -> bool:
 def merged_copy(model: nn.Module) -> nn.Module:
     """Return a copy with the adapters merged and gone; ``model`` is untouched.
 
-    The adapted layers of the copy are plain ``nn.Linear``. An adapter that holds its base as a
+    The adapted layers of the copy are plain layers. An adapter that holds its base as a
     submodule (:class:`~gauge_ext.adapters.WrappedAdapter`) is replaced by that base, merged; where
     the base cannot take the update, the adapter stays. Parameters that no adapter changes share
     their storage with those of ``model``; they are objects of their own, so converting or freezing
@@ -89,7 +89,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
     """
     inner = unwrap(model)
     memo: dict[int, object] = {}
-    kept = [w for layer in lora_layers(inner).values() if (w := layer.kept_weight) is not None]
+    kept = [p for layer in lora_layers(inner).values() for p in layer.kept_parameters.values()]
     for parameter in (*inner.parameters(), *kept):
         # A subclass (quantised, distributed) knows best itself how it is copied.
         if type(parameter) is nn.Parameter:
@@ -106,7 +106,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
     unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
     _merge_layers(unmerged, safe=True, keep_base=False)
     for layer in layers.values():
-        layer.to_linear()
+        layer.to_base()
     forget(twin)
     return _unwrapped(twin)
 
@@ -128,7 +128,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return plain.get(model, model)
 
 
-def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
+def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
     layers = lora_layers(model)
     if not layers:
         if any(isinstance(module, WrappedAdapter) for module in model.modules()):
@@ -144,11 +144,11 @@ def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def _merge_layers(layers: dict[str, LoRALinear], *, safe: bool, keep_base: bool) -> None:
+def _merge_layers(layers: dict[str, AdaptedLayer], *, safe: bool, keep_base: bool) -> None:
     merged = {}
     for name, layer in layers.items():
         try:
-            merged[name] = layer.merged_weight(safe=safe)
+            merged[name] = layer.merged_parameters(safe=safe)
         except NonFiniteError as error:
             raise NonFiniteError(f"{name}: {error.message}", hint=_NOTHING) from error
     for name, layer in layers.items():

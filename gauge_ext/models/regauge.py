@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gauge_ext.adapters import LoRALinear
+from gauge_ext.adapters import AdaptedLayer
 from gauge_ext.errors import AdapterStateError, GaugeError, NonFiniteError
 from gauge_ext.geometry import LoRAPoint
 from gauge_ext.geometry.gauge import GaugeName, to_gauge
@@ -147,7 +147,7 @@ def regauge_optimizer_state(
 
 
 def _moved(
-    optimizer: torch.optim.Optimizer, name: str, layer: LoRALinear, g: Tensor
+    optimizer: torch.optim.Optimizer, name: str, layer: AdaptedLayer, g: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Pair each tensor of a layer's state with what it becomes."""
     cograde = torch.linalg.inv(g).mT  # G^-T

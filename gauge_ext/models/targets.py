@@ -10,7 +10,7 @@ from torch import nn
 
 from gauge_ext.adapters import patterns
 from gauge_ext.adapters.config import LoRAConfig
-from gauge_ext.adapters.support import unsupported_reason
+from gauge_ext.adapters.registry import unsupported_reason, variant_for
 from gauge_ext.errors import TargetError
 
 # Where transformers keeps the head of a sequence classifier, which "all-linear" leaves out for the
@@ -26,12 +26,12 @@ class TargetMatch:
     """The modules that a config means in one model.
 
     Attributes:
-        layers: The ``nn.Linear`` to be adapted, by path, in the model's order.
-        skipped: Linear layers that "all-linear" left out -> why.
+        layers: The layers to be adapted, by path, in the model's order.
+        skipped: Layers that "all-linear" left out -> why.
         unmatched: Names in ``target_modules`` that no module answers to.
     """
 
-    layers: dict[str, nn.Linear]
+    layers: dict[str, nn.Module]
     skipped: dict[str, str]
     unmatched: tuple[str, ...]
 
@@ -45,23 +45,24 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
     Raises:
         TargetError: No module is meant, or one that is meant cannot carry an adapter.
     """
-    if isinstance(model, nn.Linear):
+    if variant_for(model) is not None:
         raise TargetError(
-            "the model itself is a linear layer, and adapters are named by their path below it.",
-            hint="Put it into an nn.Sequential, or use LoRALinear.from_linear.",
+            f"the model itself is a {type(model).__name__} layer, and adapters are named by their "
+            "path below it.",
+            hint="Put it into an nn.Sequential, or use gauge_ext.adapters.adapt.",
         )
     named = [(n, module) for n, module in model.named_modules() if n and config.selects(n)]
-    layers: dict[str, nn.Linear] = {}
+    layers: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     if config.is_all_linear:
         heads = _output_layers(model, config)
         for name, module in named:
-            # By its name, because transformers is not imported here.
-            if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+            variant = variant_for(module)
+            if not (variant.is_linear if variant else isinstance(module, nn.Linear)):
                 continue
             if reason := heads.get(module) or blocker(model, name, module):
                 skipped[name] = reason
-            elif isinstance(module, nn.Linear):
+            else:
                 layers[name] = module
     else:
         for name, module in named:
@@ -71,8 +72,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
                     f"adapter: {reason}.",
                     hint=_children_hint(name, module),
                 )
-            if isinstance(module, nn.Linear):
-                layers[name] = module
+            layers[name] = module
     unmatched = _unmatched(model, config)
     if not layers:
         raise TargetError(
@@ -92,10 +92,10 @@ def blocker(model: nn.Module, name: str, module: nn.Module) -> str | None:
 
 
 def nearest_hint(model: nn.Module, wanted: Iterable[str]) -> str:
-    """Name the linear layers that come nearest to ``wanted``, and those that there are."""
+    """Name the layers that come nearest to ``wanted``, and those that there are."""
     paths = [n for n, m in model.named_modules() if n and unsupported_reason(m) is None]
     if not paths:
-        return "The model has no nn.Linear."
+        return "The model has no layer that can carry an adapter."
     tails = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     near = [
         f"{name!r} may be {match!r}"
@@ -103,7 +103,7 @@ def nearest_hint(model: nn.Module, wanted: Iterable[str]) -> str:
         for match in difflib.get_close_matches(name, [*tails, *paths], n=1)
     ]
     known = ", ".join(tails[:12]) + (", ..." if len(tails) > 12 else "")
-    return f"{'; '.join(near)}{'. ' if near else ''}Its linear layers end in: {known}."
+    return f"{'; '.join(near)}{'. ' if near else ''}Its layers end in: {known}."
 
 
 def _output_layers(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, str]:

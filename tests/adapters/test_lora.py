@@ -125,7 +125,7 @@ def test_it_is_the_same_object_with_the_same_names() -> None:
     assert calls == [1]
     assert layer.rank == 2
     assert repr(layer).endswith("bias=True, rank=2, scaling=1, dropout=0)")
-    back = layer.to_linear()
+    back = layer.to_base()
     assert back is linear
     assert type(back) is nn.Linear
     assert list(back.state_dict()) == ["weight", "bias"]
@@ -197,12 +197,12 @@ def test_unmerging_gives_the_very_parameter_back(dtype: torch.dtype) -> None:
         assert layer.weight is not weight
         assert layer.merged
         assert layer.can_unmerge
-        assert layer.kept_weight is weight
+        assert layer.kept_parameters["weight"] is weight
         assert not layer.weight.requires_grad
         assert torch.equal(weight, bits)
         layer.unmerge()
         assert not layer.merged
-        assert layer.kept_weight is None
+        assert not layer.kept_parameters
     assert layer.weight is weight
     assert torch.equal(weight, bits)
 

@@ -16,18 +16,18 @@ A, B = torch.ones(2, 5), torch.ones(3, 2)
 
 def file(**tensors: Tensor) -> dict[str, Tensor]:
     """A file with one good pair and what else is given, ``__`` for a dot."""
-    good = dict(zip(format.keys_of("good"), (A, B), strict=True))
+    good = format.keys_of("good", format.LoRAPair(A, B))
     return good | {key.replace("__", "."): tensor for key, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
-        ("base_model.model.enc.0.q.lora_A.weight", ("enc.0.q", "lora_A")),
-        ("base_model.model.enc.0.q.lora_B.weight", ("enc.0.q", "lora_B")),
-        ("enc.0.q.lora_A.weight", ("enc.0.q", "lora_A")),  # without PEFT's wrapper
-        ("base_model.model.model.lora_A.lora_B.weight", ("model.lora_A", "lora_B")),
-        ("base_model.model._orig_mod.q.lora_A.weight", ("q", "lora_A")),
+        ("base_model.model.enc.0.q.lora_A.weight", ("enc.0.q", "linear", "lora_A")),
+        ("base_model.model.enc.0.q.lora_B.weight", ("enc.0.q", "linear", "lora_B")),
+        ("enc.0.q.lora_A.weight", ("enc.0.q", "linear", "lora_A")),  # without PEFT's wrapper
+        ("base_model.model.model.lora_A.lora_B.weight", ("model.lora_A", "linear", "lora_B")),
+        ("base_model.model._orig_mod.q.lora_A.weight", ("q", "linear", "lora_A")),
         ("lora_A.weight", None),
         ("base_model.model.q.lora_B.bias", None),
         ("base_model.model.q.lora_A.default.weight", None),
@@ -35,7 +35,7 @@ def file(**tensors: Tensor) -> dict[str, Tensor]:
         ("base_model.model.attn.base_layer.out_proj.lora_A.weight", None),
     ],
 )
-def test_module_of(key: str, expected: tuple[str, str] | None) -> None:
+def test_module_of(key: str, expected: tuple[str, str, str] | None) -> None:
     assert format.module_of(key) == expected
 
 
@@ -44,9 +44,9 @@ def test_keys_and_modules_are_each_others_inverse(parts: list[str]) -> None:
     module = ".".join(parts)
     if module.startswith(("_orig_mod.", format.PREFIX)) or ".base_layer" in f".{module}":
         return
-    key_a, key_b = format.keys_of(module)
-    assert format.module_of(key_a) == (module, "lora_A")
-    assert format.module_of(key_b) == (module, "lora_B")
+    keys = format.keys_of(module, format.LoRAPair(A, B))
+    found = [format.module_of(key) for key in keys]
+    assert found == [(module, "linear", "lora_A"), (module, "linear", "lora_B")]
 
 
 def test_pairs_come_out_sorted() -> None:

@@ -174,7 +174,7 @@ def test_layers_that_were_taken_off_by_hand_are_not_promised(
     mlp: nn.Module, make_mlp: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     adapted(mlp, target_modules=["up", "down"])
-    mlp.up.to_linear()
+    mlp.up.to_base()
     save_adapter(mlp, tmp_path)
     assert config_of(tmp_path)["target_modules"] == ["down"]
     load_adapter(make_mlp(), tmp_path)

@@ -81,11 +81,7 @@ def test_a_config_that_is_no_json(refused: Refused, make_adapter: MakeAdapter) -
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
-        ("lora_bias", True),
-        ("bias", "all"),
-        ("modules_to_save", ["pooler"]),
-        ("fan_in_fan_out", True),
+        ("layer_replication", [[0, 1]]),
         ("init_lora_weights", "pissa"),
         ("peft_type", "IA3"),
         ("r", 0),

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 
 import pytest
 import torch
 from torch import nn
 
 import gauge_ext
+from gauge_ext.checkpoint import adapter_sha256
 from gauge_ext.errors import ConfigError
 from gauge_ext.export.metadata import base_sha256, provenance, read_bounds
 
@@ -37,6 +39,9 @@ def test_the_base_is_the_same_below_an_adapter_that_holds_it(mlp, adapter):
     assert base_sha256(adapter(copy.deepcopy(mlp.up), 2)) == alone
     mlp.up = adapter(mlp.up, 2)
     assert base_sha256(mlp) == before
+    said = provenance(mlp)
+    assert said["adapter_sha256"] == adapter_sha256(mlp)
+    assert json.loads(said["adapted_layers"]) == {"up": {"rank": 2, "scaling": 1.0}}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.int8], ids=str)

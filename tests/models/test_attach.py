@@ -148,15 +148,15 @@ def test_double_attach_is_refused_with_nothing_changed(mlp: nn.Module) -> None:
 
 
 def test_attach_is_all_or_nothing(mlp: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    adopt, calls = LoRALinear.from_linear.__func__, []
+    start, calls = LoRALinear.start_factors, []
 
-    def failing(cls: type, linear: nn.Linear, **options: object) -> LoRALinear:
-        calls.append(linear)
+    def failing(layer: LoRALinear, *args: object) -> None:
+        calls.append(layer)
         if len(calls) == 2:
             raise MemoryError("no more")
-        return adopt(cls, linear, **options)
+        start(layer, *args)
 
-    monkeypatch.setattr(LoRALinear, "from_linear", classmethod(failing))
+    monkeypatch.setattr(LoRALinear, "start_factors", failing)
     names = list(mlp.state_dict())
     with pytest.raises(MemoryError):
         attach(mlp, LoRAConfig())

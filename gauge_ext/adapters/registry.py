@@ -1,0 +1,50 @@
+"""Which variant stands in for which class of layers: one line a variant."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from gauge_ext.adapters.layer import AdaptedLayer
+from gauge_ext.adapters.lora import LoRALinear
+from gauge_ext.adapters.spec import AdapterSpec
+from gauge_ext.adapters.transposed import LoRATransposed
+from gauge_ext.errors import TargetError
+
+VARIANTS: tuple[type[AdaptedLayer], ...] = (LoRALinear, LoRATransposed)
+
+
+def variant_for(module: nn.Module) -> type[AdaptedLayer] | None:
+    """Return the variant that can stand in for the class of ``module``, if there is one."""
+    return next((variant for variant in VARIANTS if variant.matches(module)), None)
+
+
+def adapt(module: nn.Module, spec: AdapterSpec) -> AdaptedLayer:
+    """Turn ``module`` itself into an adapted layer of its kind and return it.
+
+    Raises:
+        TargetError: It cannot carry the adapter; the message says why.
+    """
+    variant = variant_for(module)
+    if variant is None:
+        raise TargetError(f"an adapter cannot be put on this layer: {unsupported_reason(module)}.")
+    return variant.adapt(module, spec)
+
+
+def unsupported_reason(module: nn.Module) -> str | None:
+    """Say why no adapter can be put on ``module``, or return None where it can.
+
+    An adapter works by exchanging ``forward``, so the module must be one whose forward is called
+    and is that of a class in :data:`VARIANTS`, on a plain floating-point weight.
+    """
+    if isinstance(module, AdaptedLayer):
+        return "it has an adapter already"
+    if (variant := variant_for(module)) is not None:
+        return variant.reason_against(module)
+    if isinstance(module, nn.Linear):
+        return LoRALinear.reason_against(module)
+    kind = type(module)
+    supported = [f"nn.{base.__name__}" for v in VARIANTS for base in v.bases]
+    return (
+        f"it is a {kind.__module__}.{kind.__qualname__}, and supported are {', '.join(supported)} "
+        "and transformers' Conv1D"
+    )
