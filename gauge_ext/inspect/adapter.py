@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gauge_ext.checkpoint import read_adapter
+from torch import nn
+
+from gauge_ext.checkpoint import AdapterCheckpoint, read_adapter
+from gauge_ext.checkpoint.gauges import adapter_points
+from gauge_ext.checkpoint.weights import Weights
+from gauge_ext.inspect.against_base import BaseShare, base_shares
+from gauge_ext.inspect.compare import Comparison, compare
+from gauge_ext.inspect.factors import FactorBalance, factor_balance
+from gauge_ext.inspect.precision import RoundingErrors, rounding_errors
+from gauge_ext.inspect.readers import Finding, find_misreadings
 from gauge_ext.inspect.spectrum import Spectrum, delta_spectrum
+
+#: Losses for which the ranks that are needed are listed.
+PRUNING_LOSSES = (0.01, 0.05, 0.1, 0.2)
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,9 @@ class LayerInspection:
         nbytes: Bytes stored.
         dtype: What the factors are stored in, such as ``float32``.
         spectrum: The singular values of delta_weight.
+        balance: How the stored factors share it; this depends on the gauge.
+        rounding: What fewer bits would cost, by format and gauge.
+        base: How it compares with the base's weight; None where no base was given.
     """
 
     name: str
@@ -39,10 +55,12 @@ class LayerInspection:
     nbytes: int
     dtype: str
     spectrum: Spectrum
+    balance: FactorBalance
+    rounding: tuple[RoundingErrors, ...]
+    base: BaseShare | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; an infinite condition number becomes None."""
-        condition = self.spectrum.condition
+        """Return plain values for JSON; what is infinite or undefined becomes None."""
         return {
             "name": self.name,
             "in_features": self.in_features,
@@ -58,8 +76,16 @@ class LayerInspection:
             "effective_rank": self.spectrum.effective_rank,
             "stable_rank": self.spectrum.stable_rank,
             "numerical_rank": self.spectrum.numerical_rank,
-            "condition": condition if math.isfinite(condition) else None,
+            "condition": _finite(self.spectrum.condition),
             "singular_values": list(self.spectrum.singular_values),
+            "ranks_within_loss": {
+                str(loss): self.spectrum.rank_within(loss) for loss in PRUNING_LOSSES
+            },
+            "balance": _plain(asdict(self.balance)),
+            "rounding_errors": {
+                row.format: _plain(dict(row.errors)) | {"best": row.best} for row in self.rounding
+            },
+            "base": None if self.base is None else _plain(asdict(self.base)),
         }
 
 
@@ -72,12 +98,16 @@ class AdapterInspection:
         sha256: The adapter's digest, as exported models carry it.
         base_model: ``base_model_name_or_path`` of its config, if any.
         layers: One entry an adapted layer.
+        comparisons: One entry for each other adapter that was given.
+        findings: What readers of the file would refuse or misread.
     """
 
     path: Path
     sha256: str
     base_model: str | None
     layers: tuple[LayerInspection, ...]
+    comparisons: tuple[Comparison, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -113,26 +143,69 @@ class AdapterInspection:
                 "frobenius": self.frobenius,
             },
             "layers": [layer.to_dict() for layer in self.layers],
+            "comparisons": [
+                {
+                    **_plain(asdict(other)),
+                    "layers": [_plain(asdict(layer)) for layer in other.layers],
+                    "duplicate": other.duplicate,
+                }
+                for other in self.comparisons
+            ],
+            "findings": [asdict(finding) for finding in self.findings],
         }
+
+    def rounding(self, format_name: str) -> Mapping[str, float]:
+        r"""Return the error of all layers together in one format, by gauge.
+
+        .. math:: \sqrt{\sum_l \|X_l' - X_l\|_F^2 / \sum_l \|X_l\|_F^2}
+
+        Args:
+            format_name: A key of :data:`gauge_ext.inspect.FORMATS`.
+        """
+        totals: dict[str, float] = {}
+        for layer in self.layers:
+            row = next(row for row in layer.rounding if row.format == format_name)
+            for gauge, error in row.errors.items():
+                totals[gauge] = math.hypot(totals.get(gauge, 0.0), error * layer.spectrum.frobenius)
+        return {g: total / self.frobenius if total else 0.0 for g, total in totals.items()}
 
 
 def inspect_adapter(
-    path: str | Path, *, progress: Callable[[str, float], None] | None = None
+    path: str | Path,
+    *,
+    base: Weights | nn.Module | str | os.PathLike[str] | None = None,
+    others: Sequence[AdapterCheckpoint | str | os.PathLike[str]] = (),
+    readers: Sequence[str] | None = None,
+    progress: Callable[[str, float], None] | None = None,
 ) -> AdapterInspection:
     """Read a saved adapter and describe what it does to each layer.
 
-    The base model is not needed, and no delta_weight is formed: see
-    :func:`gauge_ext.inspect.spectrum.delta_spectrum`.
+    No delta_weight is formed: see :func:`gauge_ext.inspect.spectrum.delta_spectrum`.
 
     Args:
         path: The adapter's folder, in the PEFT format.
+        base: The model that it was trained on, to compare weights with: see
+            :func:`gauge_ext.inspect.base_shares`.
+        others: Other adapters for the same base, or their folders, to compare with.
+        readers: Whose reading of the file to judge, keys of :data:`gauge_ext.inspect.READERS`;
+            None for all.
         progress: Called as ``progress(what is being done, fraction done)``.
 
     Raises:
-        AdapterFormatError: The folder holds no adapter that can be read.
+        AdapterFormatError: A folder holds no adapter that can be read.
         NonFiniteError: A factor holds NaN or infinity.
+        AdapterMismatchError: The base, or another adapter, does not fit.
+        ConfigError: The base cannot be read, or a reader is unknown.
     """
     checkpoint = read_adapter(path)
+    points = adapter_points(checkpoint)
+    ranks = [pair.lora_A.shape[0] for pair in checkpoint.tensors.values()]
+    findings = find_misreadings(checkpoint.raw_config, ranks, readers)
+    comparisons = tuple(
+        compare(points, adapter_points(other), str(getattr(other, "path", other)))
+        for other in others
+    )
+    shares = {} if base is None else base_shares(points, base, progress=progress)
     layers = []
     for done, (name, pair) in enumerate(checkpoint.tensors.items()):
         if progress is not None:
@@ -151,6 +224,9 @@ def inspect_adapter(
                 nbytes=sum(factor.nbytes for factor in factors),
                 dtype="/".join(sorted({str(factor.dtype).split(".")[1] for factor in factors})),
                 spectrum=delta_spectrum(*factors, scaling),
+                balance=factor_balance(points[name]),
+                rounding=rounding_errors(points[name]),
+                base=shares.get(name),
             )
         )
     return AdapterInspection(
@@ -158,4 +234,14 @@ def inspect_adapter(
         sha256=checkpoint.sha256,
         base_model=checkpoint.config.base_model_name_or_path,
         layers=tuple(layers),
+        comparisons=comparisons,
+        findings=findings,
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _finite(v) if isinstance(v, float) else v for k, v in values.items()}

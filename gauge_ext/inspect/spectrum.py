@@ -68,6 +68,15 @@ class Spectrum:
         smallest = self.singular_values[-1]
         return self.largest / smallest if smallest > self.threshold else math.inf
 
+    def truncation_loss(self, rank: int) -> float:
+        """||X - X_k||_F / ||X||_F for the best X_k of rank k (Eckart-Young); 0 for zeros."""
+        return math.hypot(*self.singular_values[rank:]) / self.frobenius if self.largest else 0.0
+
+    def rank_within(self, loss: float) -> int:
+        """Find the smallest rank k whose :meth:`truncation_loss` is at most ``loss``."""
+        ranks = range(len(self.singular_values) + 1)
+        return next(rank for rank in ranks if self.truncation_loss(rank) <= loss)
+
 
 def delta_spectrum(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Spectrum:
     r"""Compute the singular values of ``scaling * lora_B @ lora_A`` without forming it.
