@@ -8,6 +8,10 @@ The order in which to read:
   :mod:`files` (everything or nothing on disk).
 - :mod:`validate` runs onnxruntime against torch: :mod:`cases` and :mod:`expressions` make inputs of
   other sizes, :mod:`compare` and :mod:`tolerance` judge, :mod:`report` shows.
+- :mod:`adapter_graph` makes inputs of the factors of adapters; :mod:`adapter_table` says which are
+  whose, :mod:`adapter_file` writes adapters that fit, :mod:`adapter_read` reads them,
+  :mod:`adapter_session` runs them, :mod:`adapter_mix` adds several up.
+  :mod:`adapter_validate` and :mod:`adapter_feeds` prove such a graph.
 - :mod:`merge` and :mod:`base_folder` merge an adapter into a folder of weights, without ONNX.
 
 Importing this imports nothing else: torch, onnx and onnxruntime are asked for when they are used.
@@ -26,6 +30,8 @@ if __name__ != "gauge_ext.export":
 from gauge_ext._lazy import deferred
 
 if TYPE_CHECKING:
+    from gauge_ext.export.adapter_file import AdapterFileReport, write_onnx_adapter
+    from gauge_ext.export.adapter_session import AdapterSession
     from gauge_ext.export.merge import MergeReport, merge_checkpoint
     from gauge_ext.export.report import CaseResult, ExportReport, OutputDifference, ValidationReport
     from gauge_ext.export.to_onnx import export_onnx
@@ -35,6 +41,8 @@ else:
     __getattr__, __dir__ = deferred(__name__)
 
 __all__ = [
+    "AdapterFileReport",
+    "AdapterSession",
     "CaseResult",
     "DisagreementError",
     "ExportReport",
@@ -45,4 +53,5 @@ __all__ = [
     "export_onnx",
     "merge_checkpoint",
     "validate_onnx",
+    "write_onnx_adapter",
 ]

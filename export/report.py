@@ -167,6 +167,7 @@ class ExportReport:
         provenance: The metadata written into the file.
         seconds: Step -> wall time.
         validation: What validation found; None if it was switched off.
+        adapter_inputs: Name -> shape of the inputs for adapters; empty where they are merged.
     """
 
     path: Path
@@ -179,6 +180,7 @@ class ExportReport:
     provenance: dict[str, str]
     seconds: dict[str, float] = field(default_factory=dict)
     validation: ValidationReport | None = None
+    adapter_inputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
@@ -189,6 +191,7 @@ class ExportReport:
             "opset": self.opset,
             "inputs": _jsonable(self.inputs),
             "outputs": _jsonable(self.outputs),
+            "adapter_inputs": _jsonable(self.adapter_inputs),
             "parameters": _jsonable(self.parameters),
             "provenance": dict(self.provenance),
             "seconds": {step: round(value, 3) for step, value in self.seconds.items()},
@@ -213,6 +216,8 @@ class ExportReport:
         table.add_row("opset", str(self.opset))
         table.add_row("inputs", Text(_signature(self.inputs)))
         table.add_row("outputs", Text(_signature(self.outputs)))
+        if self.adapter_inputs:
+            table.add_row("adapter inputs", f"{len(self.adapter_inputs)}, named by their layers")
         table.add_row("parameters", f"{len(self.parameters)} initializers, by their torch names")
         for key in ("base_sha256", "adapter_sha256"):
             if key in self.provenance:

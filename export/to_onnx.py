@@ -7,11 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from gauge_ext.errors import ConfigError, ExportError
+from gauge_ext.export.adapter_graph import open_inputs, open_layers, require_choice
+from gauge_ext.export.adapter_table import AdapterForm, AdapterPrecision
+from gauge_ext.export.adapter_validate import validate_adapters
 from gauge_ext.export.cases import MakeInputs
 from gauge_ext.export.checks import require_count, require_exportable, require_packages
 from gauge_ext.export.files import require_space, staged_files, write_errors
@@ -37,6 +40,7 @@ def export_onnx(
     example_inputs: tuple[Any, ...] | Mapping[str, Any],
     path: str | Path,
     *,
+    mode: Literal["merged", "adapters"] = "merged",
     dynamic_shapes: Any = None,
     opset: int = 20,
     input_names: Sequence[str] | None = None,
@@ -48,9 +52,12 @@ def export_onnx(
     seed: int = 0,
     make_inputs: MakeInputs | None = None,
     provenance: Mapping[str, str] | None = None,
+    adapter_targets: str | Sequence[str] | None = None,
+    adapter_form: AdapterForm = "optional",
+    adapter_precision: AdapterPrecision | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Merges a copy of a model with its adapters, writes it as ONNX, and proves that it agrees.
+    """Writes a model with adapters as ONNX, merged or with inputs for them, and proves it right.
 
     Each adapted layer becomes one weight, ``W + scaling * lora_B @ lora_A``. Every parameter that
     the graph uses is an initializer under its name in the state dict and in its layout; tied
@@ -58,10 +65,17 @@ def export_onnx(
     folder beside the target, run there in onnxruntime against the *unmerged* torch model, and
     renamed only if it agrees. The caller's model is not changed.
 
+    With ``mode="adapters"`` the file holds the base, and its linear layers take the factors of an
+    adapter as inputs ``<layer>.lora_A (in, r)`` and ``<layer>.lora_B (r, out)``, of any rank r.
+    :func:`~gauge_ext.export.write_onnx_adapter` makes the files for such a graph, and
+    :class:`~gauge_ext.export.AdapterSession` runs it. Without an adapter its outputs are the plain
+    base's, bit for bit. It is validated without an adapter and, where the model has one, with it.
+
     Args:
         model: Any module in float32, float64 or float16, with adapters or without.
         example_inputs: What the model is called with: a tuple (positional) or a dict (by name).
         path: The file to write. An existing file is replaced at the very end, or left untouched.
+        mode: Whether adapters are merged into the weights or become inputs.
         dynamic_shapes: Which sizes may vary: None (none), ``"auto"`` (batch and sequence, as far
             as the model allows), or torch.export's form, ``{"x": {0: "batch"}}``.
         opset: Version of the default operator set, 17 to 25. From 23 on, attention is one node.
@@ -76,6 +90,13 @@ def export_onnx(
         make_inputs: Makes inputs for given sizes, for models that take no others:
             ``make_inputs({"batch": 3}, generator)`` returns what the model is called with.
         provenance: More metadata, text to text; written as ``gauge_ext.<key>``.
+        adapter_targets: For ``mode="adapters"``: which layers take factors, as ``target_modules``
+            of :class:`~gauge_ext.LoRAConfig`; None for those that have an adapter.
+        adapter_form: For ``mode="adapters"``: "optional" gives the inputs defaults of rank 0, so
+            that they may be left out (onnxruntime); "required" gives none (onnxruntime-web and
+            -node, OpenVINO).
+        adapter_precision: For ``mode="adapters"``: how factors are stored and fed, "float32",
+            "float16" or "int8" (a scale for each of the r components); None for the layers' dtype.
         progress: Called with what is being done and the share done, in [0, 1].
 
     Returns:
@@ -83,6 +104,7 @@ def export_onnx(
 
     Raises:
         ConfigError: an argument cannot be used, or torch itself refuses one of the cases.
+        TargetError: with ``mode="adapters"``, a layer is none that can take factors as inputs.
         NonFiniteError: a weight, a factor or a merged weight holds NaN or infinity.
         ExportError: torch cannot trace or translate the model, onnxruntime cannot load the
             result, or a package is missing.
@@ -92,21 +114,24 @@ def export_onnx(
     require_packages()
     require_opset(opset)
     require_count("random_cases", random_cases)
+    _require_mode(mode, adapter_targets, adapter_form, adapter_precision)
     path = Path(path)
     source = unwrap(model)
     example = bind_inputs(source, example_inputs)
     # Tracing and running may write into them.
     example = example.with_tensors([tensor.detach().clone() for tensor in example.tensors])
     require_exportable(source, example)
+    opened = open_layers(source, adapter_targets) if mode == "adapters" else None
     axes = resolve_dynamic_shapes(example, dynamic_shapes)
     steps = _Steps(progress)
     found: ValidationReport | None = None
     with staged_files(path) as folder:
         draft = folder / path.name
         with steps.step("merge", "merging a copy", 0.0):
-            said = provenance_of(source, provenance)
-            merged = merged_copy(source).eval()
+            said = provenance_of(source if opened is None else opened.base, provenance)
+            merged = merged_copy(source).eval() if opened is None else opened.model
         with steps.step("graph", "tracing the graph", 0.05):
+            adapter_inputs: dict[str, tuple[int | str, ...]] = {}
             graph = build_graph(
                 merged,
                 example,
@@ -115,6 +140,10 @@ def export_onnx(
                 input_names=input_names,
                 output_names=output_names,
             )
+            if opened is not None:
+                form, stored = require_choice(adapter_form, adapter_precision, opened.compute)
+                graph, table = open_inputs(graph, opened, form, stored, said["base_sha256"])
+                adapter_inputs = {name: shape for name, (shape, _) in table.shapes.items()}
             written = annotate(graph, said)
         with steps.step("write", "writing", 0.6):
             _save(graph, draft, path, external_data)
@@ -123,16 +152,18 @@ def export_onnx(
             files=tuple(path.with_name(file.name) for file in sorted(folder.iterdir())),
             bytes_written=sum(file.stat().st_size for file in folder.iterdir()),
             opset=opset,
-            inputs=graph.inputs,
+            inputs={k: shape for k, shape in graph.inputs.items() if k not in adapter_inputs},
             outputs=graph.outputs,
             parameters=graph.parameters,
             provenance=written,
+            adapter_inputs=adapter_inputs,
         )
         del merged, graph  # the file holds it all now; onnxruntime needs the memory
         if validate:
             with steps.step("validate", "validating", 0.7):
                 _check(draft)
-                found = validate_onnx(
+                check = validate_onnx if opened is None else validate_adapters
+                found = check(
                     draft,
                     source,
                     example_inputs,
@@ -147,6 +178,18 @@ def export_onnx(
                 raise DisagreementError(found)
     steps.tell("done", 1.0)
     return replace(report, seconds=steps.seconds, validation=found)
+
+
+def _require_mode(mode: str, targets: object, form: str, precision: str | None) -> None:
+    if mode not in {"merged", "adapters"}:
+        raise ConfigError(f"mode must be 'merged' or 'adapters', got {mode!r}.")
+    require_choice(form, precision)
+    if mode == "merged" and (targets is not None or form != "optional" or precision is not None):
+        raise ConfigError(
+            "adapter_targets, adapter_form and adapter_precision are for mode='adapters', got "
+            "mode='merged'.",
+            hint="Leave them out, or give mode='adapters'.",
+        )
 
 
 def _save(graph: Graph, draft: Path, target: Path, external_data: bool | None) -> None:

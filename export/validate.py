@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext.errors import ConfigError, ExportError, ValidationError
+from gauge_ext.export.adapter_feeds import adapter_feeds
+from gauge_ext.export.adapter_table import AdapterTable
 from gauge_ext.export.cases import Case, Limits, MakeInputs, make_cases
 from gauge_ext.export.checks import require_count, require_packages
 from gauge_ext.export.compare import compare
@@ -82,14 +84,17 @@ def validate_onnx(
     session, runtime = _open(path)
     reference = _evaluation_copy(model)
     example = bind_inputs(reference, example_inputs)
-    shapes, feed_names = _match_inputs(session, example)
+    metadata = session.get_modelmeta().custom_metadata_map
+    table = AdapterTable.from_metadata(metadata)
+    fixed = {} if table is None else adapter_feeds(table, reference)
+    shapes, feed_names = _match_inputs(session, example, fixed)
     limits = Limits.of(reference)
     floors = _float_dtypes(reference.parameters())
     cases = make_cases(
         reference,
         example,
         shapes,
-        bounds=read_bounds(session.get_modelmeta().custom_metadata_map),
+        bounds=read_bounds(metadata),
         random_cases=random_cases,
         seed=seed,
         make_inputs=make_inputs,
@@ -107,7 +112,7 @@ def validate_onnx(
             for name, tensor in zip(feed_names, case.inputs.tensors, strict=True)
         }
         try:
-            found = session.run(output_names, feeds)
+            found = session.run(output_names, feeds | fixed)
         # onnxruntime's exceptions have no common base but Exception.
         except Exception as error:
             results.append(CaseResult(case.name, case.sizes, (), str(error).strip()))
@@ -185,9 +190,13 @@ def _run_torch(model: nn.Module, case: Case) -> list[tuple[str, Tensor]]:
     return [(name, tensor.detach().cpu()) for name, tensor in output_leaves(result)]
 
 
-def _match_inputs(session: Any, example: BoundInputs) -> tuple[list[list[Any]], list[str]]:
+def _match_inputs(
+    session: Any, example: BoundInputs, fixed: Mapping[str, Any]
+) -> tuple[list[list[Any]], list[str]]:
     """Pairs the example's tensors with the graph's inputs: by name, or else by position."""
-    shapes = {value.name: list(value.shape) for value in session.get_inputs()}
+    shapes = {
+        value.name: list(value.shape) for value in session.get_inputs() if value.name not in fixed
+    }
     if len(shapes) != len(example.names):
         raise ConfigError(
             f"the file has {len(shapes)} inputs ({', '.join(shapes)}), the example has "

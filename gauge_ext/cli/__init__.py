@@ -11,7 +11,17 @@ from typing import Annotated
 
 import typer
 
-from gauge_ext.cli import combine, demo, doctor, export, extract, inspect, merge, regauge
+from gauge_ext.cli import (
+    combine,
+    demo,
+    doctor,
+    export,
+    extract,
+    inspect,
+    merge,
+    onnx_adapter,
+    regauge,
+)
 
 app = typer.Typer(
     name="gauge-ext",
@@ -47,6 +57,7 @@ for _command in (
     demo.demo,
     export.export,
     export.validate,
+    onnx_adapter.onnx_adapter,
     merge.merge,
     extract.extract,
     combine.combine,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from gauge_ext.cli.base import Inputs, add_adapter, check_adapter, example_input
 from gauge_ext.cli.console import stdout, working
 from gauge_ext.cli.files import check_target, write_text
 from gauge_ext.cli.problems import OptionError, blame, explains_errors
-from gauge_ext.errors import ValidationError, WriteError
+from gauge_ext.errors import TargetError, ValidationError, WriteError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +30,30 @@ Architecture = Annotated[
     ),
 ]
 # What to change when an export fails; anything else is the model's.
-_OPTIONS = {WriteError: "--out", ValidationError: "--tolerance"}
+_OPTIONS = {WriteError: "--out", ValidationError: "--tolerance", TargetError: "--targets"}
+
+
+class Mode(StrEnum):
+    """What becomes of the adapter."""
+
+    MERGED = "merged"
+    ADAPTERS = "adapters"
+
+
+class Form(StrEnum):
+    """``gauge_ext.export.adapter_table.FORMS``."""
+
+    OPTIONAL = "optional"
+    REQUIRED = "required"
+
+
+class FactorPrecision(StrEnum):
+    """``gauge_ext.export.adapter_table.PRECISIONS``."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
 
 RandomCases = Annotated[
     int,
@@ -52,6 +76,36 @@ def export(
         ),
     ],
     adapter: options.AdapterOption = None,
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="merged: the adapter goes into the weights. adapters: the base alone, with inputs "
+            "for adapters of any rank; gauge-ext onnx-adapter makes the files for them.",
+        ),
+    ] = Mode.MERGED,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --mode adapters: a layer that takes adapters, by its name or the end of it, "
+            "or all-linear; may be given several times. Default: the layers of --adapter.",
+            show_default=False,
+        ),
+    ] = None,
+    adapter_form: Annotated[
+        Form,
+        typer.Option(
+            help="With --mode adapters. optional: inputs may be left out (onnxruntime). required: "
+            "they may not (onnxruntime-web, onnxruntime-node, OpenVINO).",
+        ),
+    ] = Form.OPTIONAL,
+    adapter_precision: Annotated[
+        FactorPrecision | None,
+        typer.Option(
+            help="With --mode adapters: how adapters are stored and fed. Default: as the base.",
+            show_default=False,
+        ),
+    ] = None,
     architecture: Architecture = None,
     batch: options.Batch = None,
     sequence: options.Sequence = None,
@@ -85,14 +139,19 @@ def export(
     report_file: options.Report = None,
     as_json: options.Json = False,
 ) -> None:
-    """Merge an adapter and write a validated ONNX file.
+    """Merge an adapter and write a validated ONNX file, or one that takes adapters as inputs.
 
     The adapter is merged into a copy of its base, exported under the parameters' real names, and
     run in onnxruntime against the unmerged torch model on the example, on other sizes and on random
     inputs. Only a file that agrees reaches FILE.
     """
     _check_targets(out, report_file)
-    model, inputs, shapes = _load(base, adapter, architecture, batch, sequence, seed)
+    chosen: str | list[str] | None = targets
+    if targets is not None and [name.lower() for name in targets] == ["all-linear"]:
+        chosen = "all-linear"
+    model, inputs, shapes = _load(
+        base, adapter, architecture, batch, sequence, seed, bare=chosen is not None
+    )
     from gauge_ext.export import export_onnx
     from gauge_ext.export.validate import DisagreementError
 
@@ -109,6 +168,10 @@ def export(
                 tolerance=_tolerance(tolerance),
                 random_cases=random_cases,
                 seed=seed,
+                mode=mode.value,
+                adapter_targets=chosen,
+                adapter_form=adapter_form.value,
+                adapter_precision=None if adapter_precision is None else adapter_precision.value,
                 progress=progress,
             )
     except OptionError as error:
@@ -191,13 +254,16 @@ def _load(
     sequence: int | None,
     seed: int,
     option: str = "BASE",
+    *,
+    bare: bool = False,
 ) -> tuple[nn.Module, Inputs, Any]:
     """Load the base with its adapter and inputs; the cheap checks come first."""
     with working("loading"), blame(option):
         check_adapter(adapter)
         base = load_base(spec, architecture=architecture)
         inputs, shapes = example_inputs(base, batch=batch, sequence=sequence, seed=seed)
-        add_adapter(base, adapter)
+        if adapter is not None or not bare:
+            add_adapter(base, adapter)
     return base.model, inputs, shapes
 
 
