@@ -12,6 +12,9 @@ The order in which to read:
   whose, :mod:`adapter_file` writes adapters that fit, :mod:`adapter_read` reads them,
   :mod:`adapter_session` runs them, :mod:`adapter_mix` adds several up.
   :mod:`adapter_validate` and :mod:`adapter_feeds` prove such a graph.
+- :mod:`causal_lm` writes a language model with its key-value cache: :mod:`cached` gives the model
+  tensors for a cache, :mod:`generate`, :mod:`choose` and :mod:`sampling` are the loop in
+  onnxruntime, :mod:`model_folder` and :mod:`genai` what lies beside the graphs.
 - :mod:`merge` and :mod:`base_folder` merge an adapter into a folder of weights, without ONNX.
 
 Importing this imports nothing else: torch, onnx and onnxruntime are asked for when they are used.
@@ -32,7 +35,10 @@ from gauge_ext._lazy import deferred
 if TYPE_CHECKING:
     from gauge_ext.export.adapter_file import AdapterFileReport, write_onnx_adapter
     from gauge_ext.export.adapter_session import AdapterSession
+    from gauge_ext.export.causal_lm import export_causal_lm, validate_causal_lm
+    from gauge_ext.export.generate import OnnxGenerator
     from gauge_ext.export.merge import MergeReport, merge_checkpoint
+    from gauge_ext.export.model_folder import ModelReport
     from gauge_ext.export.report import CaseResult, ExportReport, OutputDifference, ValidationReport
     from gauge_ext.export.to_onnx import export_onnx
     from gauge_ext.export.tolerance import Tolerance
@@ -47,11 +53,15 @@ __all__ = [
     "DisagreementError",
     "ExportReport",
     "MergeReport",
+    "ModelReport",
+    "OnnxGenerator",
     "OutputDifference",
     "Tolerance",
     "ValidationReport",
+    "export_causal_lm",
     "export_onnx",
     "merge_checkpoint",
+    "validate_causal_lm",
     "validate_onnx",
     "write_onnx_adapter",
 ]

@@ -82,6 +82,7 @@ def make_cases(
     random_cases: int,
     seed: int,
     make_inputs: MakeInputs | None = None,
+    plans: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Iterator[Case]:
     """Yields the example, then other sizes, then random ones.
 
@@ -95,6 +96,7 @@ def make_cases(
         seed: Of sizes and values.
         make_inputs: Makes inputs for given sizes, where the rules here do not know enough. Called
             with the sizes by name and a generator; returns what the model is called with.
+        plans: Sizes by name of the case, instead of the usual ones.
 
     Raises:
         ConfigError: a formula cannot be computed, or ``make_inputs`` returned something else than
@@ -104,19 +106,10 @@ def make_cases(
     limits = Limits.of(model)
     sizes = _example_sizes(example, shapes)
     yield Case("example", sizes, example)
-    plans: list[tuple[str, dict[str, int]]] = []
-    ranges = {name: _range(name, bounds, limits) for name in sizes}
-    if sizes:
-        plans.append(("smallest", {name: ranges[name][0] for name in sizes}))
-        plans.append(("larger", _larger(sizes, ranges)))
-    for number in range(random_cases):
-        drawn = {}
-        for name, size in sizes.items():
-            low, high = ranges[name]
-            top = max(low, min(high, 2 * size + 1))
-            drawn[name] = int(torch.randint(low, top + 1, (), generator=generator))
-        plans.append((f"random {number + 1}", drawn))
-    for name, plan in plans:
+    if plans is None:
+        ranges = {name: _range(name, bounds, limits) for name in sizes}
+        plans = _usual_plans(sizes, ranges, random_cases, generator)
+    for name, plan in plans.items():
         if make_inputs is not None:
             inputs = bind_inputs(model, make_inputs(dict(plan), generator), "make_inputs's result")
             _check_alike(inputs, example)
@@ -129,7 +122,27 @@ def make_cases(
                     )
                 ]
             )
-        yield Case(name, plan, inputs)
+        yield Case(name, dict(plan), inputs)
+
+
+def _usual_plans(
+    sizes: dict[str, int],
+    ranges: dict[str, tuple[int, int]],
+    random_cases: int,
+    generator: torch.Generator,
+) -> dict[str, dict[str, int]]:
+    plans: dict[str, dict[str, int]] = {}
+    if sizes:
+        plans["smallest"] = {name: ranges[name][0] for name in sizes}
+        plans["larger"] = _larger(sizes, ranges)
+    for number in range(random_cases):
+        drawn = {}
+        for name, size in sizes.items():
+            low, high = ranges[name]
+            top = max(low, min(high, 2 * size + 1))
+            drawn[name] = int(torch.randint(low, top + 1, (), generator=generator))
+        plans[f"random {number + 1}"] = drawn
+    return plans
 
 
 def _example_sizes(example: BoundInputs, shapes: Sequence[Shape]) -> dict[str, int]:

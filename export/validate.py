@@ -25,6 +25,7 @@ from gauge_ext.models import lora_layers
 from gauge_ext.models.attach import unwrap
 
 Progress = Callable[[str, float], None]  # what is being done, and the share that is done
+Focus = Callable[[str, Tensor, Mapping[str, Tensor]], Tensor]
 
 
 class DisagreementError(ValidationError):
@@ -53,6 +54,8 @@ def validate_onnx(
     random_cases: int = 2,
     seed: int = 0,
     make_inputs: MakeInputs | None = None,
+    cases: Mapping[str, Mapping[str, int]] | None = None,
+    focus: Focus | None = None,
     progress: Progress | None = None,
 ) -> ValidationReport:
     """Compares an ONNX file with a torch model on the example, on other sizes and random inputs.
@@ -69,6 +72,10 @@ def validate_onnx(
         random_cases: How many cases of random sizes and values, beside example, smallest, larger.
         seed: Of those.
         make_inputs: See :func:`gauge_ext.export.cases.make_cases`.
+        cases: Sizes by name of the case, instead of smallest, larger and random ones; needs
+            ``make_inputs``.
+        focus: Takes the part of an output that means something, where padding leaves the rest
+            undefined: ``focus(output's name, output, inputs by name)``, applied to both sides.
         progress: Called with what is being done and the share done.
 
     Returns:
@@ -81,16 +88,16 @@ def validate_onnx(
     require_count("random_cases", random_cases)
     require_packages("onnxruntime")
     path = Path(path)
-    session, runtime = _open(path)
-    reference = _evaluation_copy(model)
+    session, runtime = open_session(path)
+    reference = evaluation_copy(model)
     example = bind_inputs(reference, example_inputs)
     metadata = session.get_modelmeta().custom_metadata_map
     table = AdapterTable.from_metadata(metadata)
     fixed = {} if table is None else adapter_feeds(table, reference)
     shapes, feed_names = _match_inputs(session, example, fixed)
     limits = Limits.of(reference)
-    floors = _float_dtypes(reference.parameters())
-    cases = make_cases(
+    floors = float_dtypes(reference.parameters())
+    plans = make_cases(
         reference,
         example,
         shapes,
@@ -98,11 +105,13 @@ def validate_onnx(
         random_cases=random_cases,
         seed=seed,
         make_inputs=make_inputs,
+        plans=cases,
     )
     output_names = [output.name for output in session.get_outputs()]
-    total = 1 + random_cases + (2 if any(isinstance(d, str) for s in shapes for d in s) else 0)
+    usual = random_cases + (2 if any(isinstance(d, str) for s in shapes for d in s) else 0)
+    total = 1 + (usual if cases is None else len(cases))
     results = []
-    for index, case in enumerate(cases):
+    for index, case in enumerate(plans):
         if progress is not None:
             progress(f"validating: {case.name}", index / total)
         expected = _run_torch(reference, case)
@@ -119,13 +128,16 @@ def validate_onnx(
             continue
         differences = []
         for name, position, actual in zip(output_names, order, found, strict=True):
-            tensor = expected[position][1]
-            bar = tolerance or _usual_tolerance(floors | _float_dtypes([tensor]))
+            tensor, result = expected[position][1], torch.from_numpy(actual)
+            if focus is not None and result.shape == tensor.shape:
+                given = dict(zip(feed_names, case.inputs.tensors, strict=True))
+                tensor, result = focus(name, tensor, given), focus(name, result, given)
+            bar = tolerance or usual_tolerance(floors | float_dtypes([tensor]))
             differences.append(
                 compare(
                     name,
                     tensor,
-                    torch.from_numpy(actual),
+                    result,
                     bar,
                     logits=_holds_logits(name, expected[position][0], tensor, limits),
                 )
@@ -136,7 +148,13 @@ def validate_onnx(
     return ValidationReport(path, runtime, tuple(results))
 
 
-def _open(path: Path) -> tuple[Any, str]:
+def open_session(path: Path) -> tuple[Any, str]:
+    """An onnxruntime session of a file on the CPU, and the runtime's name and version.
+
+    Raises:
+        ConfigError: there is no such file.
+        ExportError: onnxruntime cannot load it.
+    """
     import onnxruntime
 
     if not path.is_file():
@@ -158,8 +176,12 @@ def _open(path: Path) -> tuple[Any, str]:
     return session, f"onnxruntime {onnxruntime.__version__} (CPU)"
 
 
-def _evaluation_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares the parameters; flags and buffers are its own."""
+def evaluation_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode that shares the parameters; flags and buffers are its own.
+
+    Raises:
+        ConfigError: the model holds something that cannot be copied.
+    """
     inner = unwrap(model)
     kept = [p for layer in lora_layers(inner).values() for p in layer.kept_parameters.values()]
     memo: dict[int, Any] = {id(p): p for p in (*inner.parameters(), *kept)}
@@ -238,11 +260,12 @@ def _holds_logits(name: str, torch_name: str, tensor: Tensor, limits: Limits) ->
     return named or (wide and tensor.shape[-1] == limits.vocabulary)
 
 
-def _float_dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+def float_dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    """The floating-point dtypes among some tensors."""
     return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
 
-def _usual_tolerance(dtypes: set[torch.dtype]) -> Tolerance:
+def usual_tolerance(dtypes: set[torch.dtype]) -> Tolerance:
     """That of the narrowest dtype: a float32 output of float16 weights is a float16 result."""
     if not dtypes:
         return Tolerance.for_dtype(torch.float32)

@@ -10,9 +10,12 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from language_models import build
 from torch import Tensor, nn
 
 import gauge_ext
+from gauge_ext.export import export_causal_lm
+from gauge_ext.export.model_folder import ModelReport
 
 
 class TwoInputs(nn.Module):
@@ -94,3 +97,14 @@ def run_onnx() -> Callable[[Path, Mapping[str, Tensor]], dict[str, Tensor]]:
 def listing(tmp_path: Path) -> Callable[[], list[str]]:
     """Everything under the test's folder, hidden files too."""
     return lambda: sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*"))
+
+
+@pytest.fixture(scope="session")
+def exported_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, ModelReport]:
+    """A Llama with an adapter that is not merged, its folder of ONNX, and the report."""
+    pytest.importorskip("transformers")
+    model = build("llama")
+    torch.manual_seed(1)
+    attach_random(model, target_modules=["q_proj", "v_proj", "down_proj"])
+    folder = tmp_path_factory.mktemp("llama") / "onnx"
+    return model, folder, export_causal_lm(model, folder)
