@@ -21,12 +21,13 @@ CTEST := PATH="$(BIN):$$PATH" ctest
 # Nothing here needs a model hub, and no test may wait for one.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup build demo test cpp-test asan lint format clean
+.PHONY: help setup build demo test test-js cpp-test asan lint format clean
 
 help:
 	@echo 'make demo      set up, then the whole way on a real model: train, export, validate, search'
 	@echo 'make test      set up, then the Python tests            (PYTEST_ARGS="tests/ops -x")'
 	@echo 'make cpp-test  set up, then the C++ tests'
+	@echo 'make test-js   set up, then graphs in onnxruntime-node and -web (needs node and npm)'
 	@echo 'make asan      C++ tests and tests/ops under the address and undefined sanitizers'
 	@echo 'make lint      ruff, mypy, clang-format;  make format  repairs what can be'
 	@echo 'make build     recompile what changed under csrc/'
@@ -56,6 +57,11 @@ demo: build
 
 test: build
 	GAUGE_EXT_REQUIRE_COMPILED=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+# Without its install script onnxruntime-node downloads no CUDA libraries; the CPU's are in it.
+test-js: build
+	cd tests/export/js && ONNXRUNTIME_NODE_INSTALL=skip npm install --no-audit --no-fund --no-save
+	GAUGE_EXT_REQUIRE_JS=1 $(PY) -m pytest tests/export/test_adapter_js.py $(PYTEST_ARGS)
 
 cpp-test: $(READY)
 	$(CMAKE) --preset debug -DPython_EXECUTABLE=$(PY) --log-level=NOTICE
