@@ -2,5 +2,6 @@
 
 from gauge_ext.ops import reference
 from gauge_ext.ops.lora_linear import draw_seed, lora_linear
+from gauge_ext.ops.merge import MergeSums, merge_, merge_into
 
-__all__ = ["draw_seed", "lora_linear", "reference"]
+__all__ = ["MergeSums", "draw_seed", "lora_linear", "merge_", "merge_into", "reference"]

@@ -118,3 +118,77 @@ def lora_linear(
         x = x * mask.to(x.dtype).reshape(x.shape)
     hidden = F.linear(x.to(lora_A.dtype), lora_A)
     return y + (scaling * F.linear(hidden, lora_B)).to(y.dtype)
+
+
+def rounding_bits(
+    rows: int, columns: int, seed: Tensor, layer: int = 0, first_row: int = 0
+) -> Tensor:
+    """Return the 16 random bits of each entry that stochastic rounding adds.
+
+    They are laid out as the draws of :func:`dropout_mask`, with ``layer + 1`` for the counter's
+    fourth word, so that no two weights of a call share them.
+
+    Returns:
+        ``(rows, columns)`` int64, in [0, 2**16).
+    """
+    blocks = -(-columns // _BLOCK)
+    lanes, row = torch.arange(blocks * _LANES), torch.arange(first_row, first_row + rows)
+    counter = torch.stack(
+        torch.broadcast_tensors(
+            lanes, (row & _MASK32)[:, None], (row >> 32)[:, None], torch.tensor(layer + 1)
+        ),
+        -1,
+    )
+    words = philox(counter, seed.cpu())  # (rows, blocks * lanes, 4)
+    draws = torch.stack((words & 0xFFFF, words >> 16), -1).reshape(rows, blocks, _LANES, _DRAWS)
+    return draws.transpose(-1, -2).reshape(rows, blocks * _BLOCK)[:, :columns]
+
+
+def round_stochastic(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Round to one of the two neighbours in ``dtype``, the farther the rarer.
+
+    The expectation is ``value`` (Gupta et al., arXiv:1502.02551, section 3). Infinity and NaN stay.
+
+    Args:
+        value: float32.
+        dtype: bfloat16 or float16.
+        bits: Random numbers in [0, 2**16), of value's shape; see :func:`rounding_bits`.
+    """
+    wide = value.double()
+    least, digits = (2.0**-133, 8) if dtype == torch.bfloat16 else (2.0**-24, 11)
+    step = torch.ldexp(torch.ones_like(wide), torch.frexp(wide).exponent - digits).clamp(min=least)
+    below = torch.floor(wide.abs() / step)
+    # float16 keeps 13 bits fewer than float32, so only as many of the random bits are seen there.
+    share = bits if dtype == torch.bfloat16 else torch.where(step > least, bits >> 3 << 3, bits)
+    up = wide.abs() / step - below > 1 - (share + 1) / 65536
+    rounded = torch.copysign((below + up) * step, wide)
+    return torch.where(wide.isfinite(), rounded, wide).to(dtype)
+
+
+def merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    transposed: bool = False,
+    bits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ``W + s·B A`` rounded once to W's dtype, and the update; see :func:`ops.merge_`.
+
+    Args:
+        weight: W, ``(out, in)``, or ``(in, out)`` where ``transposed``.
+        lora_A: ``(r, in)``.
+        lora_B: ``(out, r)``.
+        scaling: s.
+        transposed: Whether W and the update are transposed.
+        bits: See :func:`round_stochastic`; None rounds to nearest.
+    """
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    delta = scaling * (lora_B.to(wide) @ lora_A.to(wide))
+    if transposed:
+        delta = delta.t()
+    total = weight.to(wide) + delta
+    if bits is None:
+        return total.to(weight.dtype), delta
+    return round_stochastic(total, weight.dtype, bits.to(weight.device)), delta

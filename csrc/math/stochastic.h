@@ -1,0 +1,51 @@
+#pragma once
+
+// The random bits of stochastic rounding: 16 for each entry of a weight, a function of (seed,
+// layer, row, column) alone, laid out as those of dropout (math/dropout.h): column e of a block of
+// 128 reads counter e % 16 and draw e / 16. The counter's words are (16 * block + lane, row's low
+// half, row's high half, layer + 1); dropout's fourth word is 0, so that the two never share bits.
+
+#include <cstdint>
+
+#include "math/dropout.h"
+#include "math/host_device.h"
+#include "math/philox.h"
+
+namespace gauge_ext {
+
+// Which weight of a call, and the row of it that the first one given is.
+struct Rounding {
+  uint64_t seed = 0;
+  uint32_t layer = 0;
+  int64_t first_row = 0;
+};
+
+template <typename Multiply = MultiplyWide, typename Word>
+GAUGE_EXT_HOST_DEVICE void rounding_words(const Rounding& rounding,
+                                          int64_t row,
+                                          Word lane_counter,
+                                          Word (&words)[4]) {
+  const Word zero = {};
+  const auto place = static_cast<uint64_t>(rounding.first_row + row);
+  words[0] = lane_counter;
+  words[1] = zero + static_cast<uint32_t>(place);
+  words[2] = zero + static_cast<uint32_t>(place >> 32);
+  words[3] = zero + (rounding.layer + 1);
+  philox4x32<Multiply>(words, rounding.seed);
+}
+
+// The 16 bits of one entry
+GAUGE_EXT_HOST_DEVICE uint32_t rounding_bits(const Rounding& rounding,
+                                             int64_t row,
+                                             int64_t column) {
+  const int64_t block = column / kDropoutBlock;
+  const int element = static_cast<int>(column % kDropoutBlock);
+  uint32_t words[4];
+  rounding_words(rounding, row,
+                 static_cast<uint32_t>(block * kDropoutLanes + element % kDropoutLanes), words);
+  const int draw = element / kDropoutLanes;
+  const uint32_t word = words[draw / 2];
+  return draw % 2 ? word >> 16 : word & 0xFFFFu;
+}
+
+}  // namespace gauge_ext

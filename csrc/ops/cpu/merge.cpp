@@ -1,0 +1,137 @@
+#include "ops/merge.h"
+
+#include <algorithm>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "ops/cpu/rank_update.h"
+
+namespace gauge_ext {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Below about this many multiply-adds a second thread costs more than it brings.
+constexpr int64_t kGrain = 1 << 16;
+
+// Calls body with a value of the storage type that stands for the weight's dtype.
+template <typename F>
+auto dispatch_dtype(const Tensor& weight, const F& body) {
+  switch (weight.scalar_type()) {
+    case at::kFloat:
+      return body(float());
+    case at::kDouble:
+      return body(double());
+    case at::kBFloat16:
+      return body(BFloat16Bits());
+    case at::kHalf:
+      return body(HalfBits());
+    default:
+      TORCH_CHECK(false, "weight must be float32, float64, bfloat16 or float16, got ",
+                  weight.scalar_type());
+  }
+}
+
+template <typename scalar_t>
+UpdateSums merge_one(const MergeSizes& n,
+                     const Tensor& out,
+                     const Tensor& weight,
+                     const Tensor& left,
+                     const Tensor& right,
+                     const Rounding* rounding,
+                     bool fidelity) {
+  using acc_t = typename AccOf<scalar_t>::type;
+  const auto& kernels = rank_update_kernels<scalar_t>();
+  const auto* from = static_cast<const scalar_t*>(weight.const_data_ptr());
+  auto* to = static_cast<scalar_t*>(out.mutable_data_ptr());
+  const auto* l = static_cast<const acc_t*>(left.const_data_ptr());
+  const auto* r = static_cast<const acc_t*>(right.const_data_ptr());
+  // Rows are cut into at most one piece a thread. What is written to a row depends on nothing else;
+  // the sums are added up in order.
+  const int64_t worthwhile = std::max<int64_t>(n.rows * n.columns * (n.rank + 1) / kGrain, 1);
+  const int64_t count = std::min<int64_t>({at::get_num_threads(), worthwhile, n.rows});
+  std::vector<UpdateSums> sums(static_cast<size_t>(count));
+  const int64_t size = count > 0 ? (n.rows + count - 1) / count : 0;
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t first = piece * size;
+      kernels.update(from, weight.stride(0), to, out.stride(0), first,
+                     std::clamp<int64_t>(n.rows - first, 0, size), n.columns, l, r, n.rank,
+                     rounding, fidelity, sums[piece]);
+    }
+  });
+  UpdateSums total;
+  for (const auto& part : sums) {
+    total.delta += part.delta;
+    total.kept += part.kept;
+    total.lost += part.lost;
+    total.finite = total.finite && part.finite;
+  }
+  return total;
+}
+
+Tensor merge_out(at::TensorList weight,
+                 at::TensorList lora_A,
+                 at::TensorList lora_B,
+                 at::ArrayRef<double> scaling,
+                 const c10::List<bool>& transposed,
+                 const OptionalTensor& seed,
+                 int64_t first_row,
+                 bool fidelity,
+                 at::TensorList out) {
+  check_merge(out, weight, lora_A, lora_B, scaling, transposed, seed, first_row);
+  std::vector<MergeSizes> sizes;
+  for (size_t i = 0; i < weight.size(); ++i) {  // all of them before the first is written
+    sizes.push_back(check_merge_of(i, out[i], weight[i], lora_A[i], lora_B[i], transposed[i],
+                                   seed.has_value()));
+    dispatch_dtype(weight[i], [](auto) {});
+  }
+  const Tensor result = at::zeros({static_cast<int64_t>(weight.size()), 4}, at::kDouble);
+  auto* row = result.mutable_data_ptr<double>();
+  for (size_t i = 0; i < weight.size(); ++i, row += 4) {
+    const Rounding rounding = {seed.has_value() ? static_cast<uint64_t>(seed->item<int64_t>()) : 0,
+                               static_cast<uint32_t>(i), first_row};
+    const auto sums = dispatch_dtype(weight[i], [&](auto tag) {
+      using scalar_t = decltype(tag);
+      const auto dtype = std::is_same_v<scalar_t, double> ? at::kDouble : at::kFloat;
+      // s·B A = L R as the weight lies: (out, in), or (in, out) where it is transposed.
+      const Tensor left =
+          (transposed[i] ? lora_A[i].t() : lora_B[i]).to(dtype).mul(scaling[i]).contiguous();
+      const Tensor right = (transposed[i] ? lora_B[i].t() : lora_A[i]).to(dtype).contiguous();
+      return merge_one<scalar_t>(sizes[i], out[i], weight[i], left, right,
+                                 seed.has_value() ? &rounding : nullptr, fidelity);
+    });
+    if (!out[i].is_inference()) {  // what autograd may have saved of it has changed
+      out[i].unsafeGetTensorImpl()->bump_version();
+    }
+    row[0] = sums.finite ? 1.0 : 0.0;
+    row[1] = sums.delta;
+    row[2] = sums.kept;
+    row[3] = sums.lost;
+  }
+  return result;
+}
+
+Tensor merge_(at::TensorList weight,
+              at::TensorList lora_A,
+              at::TensorList lora_B,
+              at::ArrayRef<double> scaling,
+              const c10::List<bool>& transposed,
+              const OptionalTensor& seed,
+              int64_t first_row,
+              bool fidelity) {
+  return merge_out(weight, lora_A, lora_B, scaling, transposed, seed, first_row, fidelity, weight);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gauge_ext, CPU, m) {
+  m.impl("merge_", &merge_);
+  m.impl("merge_out", &merge_out);
+}
+
+}  // namespace gauge_ext

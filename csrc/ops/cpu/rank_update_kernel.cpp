@@ -1,0 +1,435 @@
+#include "ops/cpu/rank_update.h"
+
+#include <algorithm>
+
+#include "ops/cpu/panel.h"
+#include "ops/cpu/vec.h"
+
+namespace gauge_ext {
+namespace {
+
+// 6 x 2 accumulators, two vectors of R and one entry of L fill 16 registers.
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = 2;
+
+// R is walked in blocks of columns of about this size, packed in the order in which it is read,
+// which stay in the second-level cache over all the rows. A multiple of a rounding block, so that
+// none is drawn twice.
+constexpr int64_t kBlockBytes = 128 * 1024;
+
+template <typename acc_t>
+int64_t block_columns(int64_t rank) {
+  const int64_t fitting = kBlockBytes / (std::max<int64_t>(rank, 1) * sizeof(acc_t));
+  return std::max<int64_t>(fitting / kDropoutBlock, 1) * kDropoutBlock;
+}
+
+// --- float16, and rounding by chance
+// --------------------------------------------------------------
+
+inline __attribute__((always_inline)) Vec<float> load_half(const HalfBits* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return reinterpret_cast<Vec<float>>(
+      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return reinterpret_cast<Vec<float>>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  Vec<float> value;
+  for (int lane = 0; lane < kWidth<float>; ++lane) {
+    _Float16 half;
+    std::memcpy(&half, from + lane, sizeof(half));
+    value[lane] = static_cast<float>(half);
+  }
+  return value;
+#endif
+}
+
+inline __attribute__((always_inline)) void store_half(HalfBits* to, const Vec<float>& value) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256i half = _mm512_cvtps_ph(reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(to, &half, sizeof(half));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m128i half = _mm256_cvtps_ph(reinterpret_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(to, &half, sizeof(half));
+#else
+  for (int lane = 0; lane < kWidth<float>; ++lane) {
+    const auto half = static_cast<_Float16>(value[lane]);
+    std::memcpy(to + lane, &half, sizeof(half));
+  }
+#endif
+}
+
+template <typename scalar_t>
+inline __attribute__((always_inline)) Vec<typename AccOf<scalar_t>::type> read(
+    const scalar_t* from) {
+  if constexpr (std::is_same_v<scalar_t, HalfBits>) {
+    return load_half(from);
+  } else {
+    return load_as<scalar_t, typename AccOf<scalar_t>::type>(from);
+  }
+}
+
+typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+
+// All ones where a word, its top bit zero, is above `limit`: x86 compares signed integers only.
+inline __attribute__((always_inline)) Words above(const Words& word, uint32_t limit) {
+  return reinterpret_cast<Words>(reinterpret_cast<Integers>(word) > static_cast<int32_t>(limit));
+}
+
+// `value` rounded to scalar_t, to nearest, ties to even, but still in acc_t.
+template <typename scalar_t, typename acc_t>
+inline __attribute__((always_inline)) Vec<acc_t> nearest(const Vec<acc_t>& value) {
+  if constexpr (std::is_same_v<scalar_t, BFloat16Bits>) {
+    const Words bits = reinterpret_cast<Words>(value);
+    const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
+    const Words is_nan = above(bits & 0x7FFFFFFFu, 0x7F800000u);
+    return reinterpret_cast<Vec<float>>((rounded & ~is_nan) | (is_nan & 0x7FC00000u));
+  } else if constexpr (std::is_same_v<scalar_t, HalfBits>) {
+    HalfBits half[kWidth<float>];
+    store_half(half, value);
+    return load_half(half);
+  } else {
+    return value;
+  }
+}
+
+// Stores what scalar_t holds exactly.
+template <typename scalar_t, typename acc_t>
+inline __attribute__((always_inline)) void write(scalar_t* to, const Vec<acc_t>& value) {
+  if constexpr (std::is_same_v<scalar_t, HalfBits>) {
+    store_half(to, value);
+  } else if constexpr (std::is_same_v<scalar_t, BFloat16Bits>) {
+    const Words bits = reinterpret_cast<Words>(value) >> 16;
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m256i narrow = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits));
+#elif defined(CPU_CAPABILITY_AVX2)
+    // Packing works within each half of the register: the quarters come out as 0 0 2 2.
+    const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(bits), __m256i{});
+    const __m128i narrow = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
+#else
+    const HalfWords narrow = __builtin_convertvector(bits, HalfWords);
+#endif
+    std::memcpy(to, &narrow, sizeof(narrow));
+  } else {
+    store<acc_t>(to, value);
+  }
+}
+
+// The multiple of 2^-24, float16's least step, next to |value| below or above it: exact arithmetic.
+inline __attribute__((always_inline)) Vec<float> stochastic_subnormal(const Vec<float>& magnitude,
+                                                                      const Words& draw) {
+  const Vec<float> steps = magnitude * 0x1p24f;
+  const Integers whole = __builtin_convertvector(steps, Integers);
+  const Vec<float> rest = (steps - __builtin_convertvector(whole, Vec<float>)) * 0x1p16f;
+  const Words missing = 0xFFFFu - draw;
+  // Comparing gives -1 where true.
+  const Integers up =
+      rest > __builtin_convertvector(reinterpret_cast<Integers>(missing), Vec<float>);
+  return __builtin_convertvector(whole - up, Vec<float>) * 0x1p-24f;
+}
+
+// `value` as one of its two neighbours in scalar_t, the farther the rarer: adding random bits below
+// the last one that is kept and cutting them off carries with just that probability.
+template <typename scalar_t>
+inline __attribute__((always_inline)) Vec<float> stochastic(const Vec<float>& value,
+                                                            const Words& draw) {
+  const Words bits = reinterpret_cast<Words>(value);
+  const Words magnitude = bits & 0x7FFFFFFFu;
+  // Infinity and NaN stay what they are.
+  const Words special = above(magnitude, 0x7F7FFFFFu);
+  Words rounded;
+  if constexpr (std::is_same_v<scalar_t, HalfBits>) {
+    const Words normal = (magnitude + (draw >> 3)) & ~0x1FFFu;
+    const Words small = ~above(magnitude, 0x387FFFFFu);  // below 2^-14
+    const Words subnormal = reinterpret_cast<Words>(
+        stochastic_subnormal(reinterpret_cast<Vec<float>>(magnitude & small), draw));
+    rounded = (normal & ~small) | (subnormal & small);
+  } else {
+    rounded = (magnitude + draw) & ~0xFFFFu;
+  }
+  rounded |= bits & 0x80000000u;
+  return reinterpret_cast<Vec<float>>((rounded & ~special) | (bits & special));
+}
+
+// The random bits of one row of a block, as many as a tile's vectors need, drawn 128 at a time.
+struct RowBits {
+  uint32_t bits[kDropoutBlock];
+
+  void draw(const Rounding& rounding, int64_t row, int64_t block) {
+    static_assert(kDropoutLanes % kWords == 0);
+    Words lane = {};
+    for (int i = 0; i < kWords; ++i) {
+      lane[i] = static_cast<uint32_t>(i);
+    }
+    for (int first = 0; first < kDropoutLanes; first += kWords) {
+      Words words[4];
+      const Words counter = lane + static_cast<uint32_t>(block * kDropoutLanes + first);
+      rounding_words<MultiplyWideWords>(rounding, row, counter, words);
+      for (int word = 0; word < 4; ++word) {
+        const Words low = words[word] & 0xFFFFu, high = words[word] >> 16;
+        uint32_t* to = bits + 2 * word * kDropoutLanes + first;
+        std::memcpy(to, &low, sizeof(low));
+        std::memcpy(to + kDropoutLanes, &high, sizeof(high));
+      }
+    }
+  }
+};
+
+// --- The pass -----------------------------------------------------------------------------------
+
+template <typename scalar_t, typename acc_t>
+struct Update {
+  const scalar_t* weight;
+  int64_t weight_stride;
+  scalar_t* out;
+  int64_t out_stride;
+  int64_t columns;
+  const acc_t* left;
+  int64_t rank;
+  const Rounding* rounding;
+};
+
+// The columns [begin, end) of R: for each tile of columns its piece of every row, padded with
+// zeros.
+template <typename acc_t>
+struct Block {
+  static constexpr int64_t kColumns = kTileVectors * kWidth<acc_t>;
+  int64_t begin, end;
+  int64_t rank;
+  const acc_t* packed;
+
+  Block(const acc_t* right, int64_t rank, int64_t columns, int64_t begin, int64_t end)
+      : begin(begin), end(end), rank(rank) {
+    static thread_local Scratch<acc_t> scratch;
+    const int64_t tiles = (end - begin + kColumns - 1) / kColumns;
+    acc_t* to = scratch.reserve(tiles * rank * kColumns);
+    packed = to;
+    for (int64_t column = begin; column < end; column += kColumns) {
+      const int64_t width = std::min(kColumns, end - column);
+      for (int64_t j = 0; j < rank; ++j, to += kColumns) {
+        std::copy_n(right + j * columns + column, width, to);
+        std::fill(to + width, to + kColumns, acc_t(0));
+      }
+    }
+  }
+
+  // Where the tile of `column` begins; a row of it is kColumns long.
+  const acc_t* tile(int64_t column) const {
+    const int64_t offset = column - begin;
+    return packed + offset / kColumns * rank * kColumns + offset % kColumns;
+  }
+};
+
+// What a tile adds up in registers. `check` becomes NaN where an entry is not finite, which 0 times
+// infinity and 0 times NaN are.
+template <typename acc_t>
+struct Lanes {
+  Vec<acc_t> check = {}, delta = {}, kept = {}, lost = {};
+
+  void add(const Lanes& other) {
+    check += other.check;
+    delta += other.delta;
+    kept += other.kept;
+    lost += other.lost;
+  }
+
+  void flush(UpdateSums& sums) const {
+    for (int lane = 0; lane < kWidth<acc_t>; ++lane) {
+      sums.delta += delta[lane];
+      sums.kept += kept[lane];
+      sums.lost += lost[lane];
+    }
+    sums.finite = sums.finite && horizontal_sum<acc_t>(check) == acc_t(0);
+  }
+};
+
+// One vector of one row: W + D, rounded and written.
+template <bool FIDELITY, bool STOCHASTIC, typename scalar_t, typename acc_t>
+inline __attribute__((always_inline)) void finish(const scalar_t* from,
+                                                  scalar_t* to,
+                                                  const Vec<acc_t>& delta,
+                                                  const uint32_t* draw,
+                                                  Lanes<acc_t>& lanes) {
+  const Vec<acc_t> weight = read(from);
+  const Vec<acc_t> exact = weight + delta;
+  Vec<acc_t> stored;
+  if constexpr (STOCHASTIC) {
+    Words bits;
+    std::memcpy(&bits, draw, sizeof(bits));
+    stored = stochastic<scalar_t>(exact, bits);
+  } else {
+    stored = nearest<scalar_t, acc_t>(exact);
+  }
+  write<scalar_t, acc_t>(to, stored);
+  lanes.check += stored * acc_t(0);
+  if constexpr (FIDELITY) {
+    const Vec<acc_t> kept = stored - weight, lost = delta - kept;
+    lanes.delta += delta * delta;
+    lanes.kept += kept * kept;
+    lanes.lost += lost * lost;
+  }
+}
+
+template <int ROWS, int VECTORS, typename scalar_t, typename acc_t>
+inline __attribute__((always_inline)) void multiply(const Update<scalar_t, acc_t>& u,
+                                                    const Block<acc_t>& block,
+                                                    int64_t row,
+                                                    int64_t column,
+                                                    Vec<acc_t> (&sum)[ROWS][VECTORS]) {
+  const acc_t* left = u.left + row * u.rank;
+  const acc_t* right = block.tile(column);
+  for (int64_t j = 0; j < u.rank; ++j) {
+    Vec<acc_t> r[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) {
+      r[v] = load<acc_t>(right + j * Block<acc_t>::kColumns + v * kWidth<acc_t>);
+    }
+    for (int i = 0; i < ROWS; ++i) {
+      const acc_t l = left[i * u.rank + j];
+      for (int v = 0; v < VECTORS; ++v) {
+        sum[i][v] += l * r[v];
+      }
+    }
+  }
+}
+
+template <int ROWS, int VECTORS, bool FIDELITY, bool STOCHASTIC, typename scalar_t, typename acc_t>
+void tile(const Update<scalar_t, acc_t>& u,
+          const Block<acc_t>& block,
+          int64_t row,
+          int64_t column,
+          const RowBits* bits,
+          Lanes<acc_t>& lanes) {
+  Vec<acc_t> sum[ROWS][VECTORS] = {};
+  multiply(u, block, row, column, sum);
+  // In variables of its own, which stay in registers: a store to `out` could change the others.
+  Lanes<acc_t> own;
+  const int64_t weight_stride = u.weight_stride, out_stride = u.out_stride;
+  const scalar_t* weight = u.weight + row * weight_stride + column;
+  scalar_t* out = u.out + row * out_stride + column;
+  for (int i = 0; i < ROWS; ++i) {
+    for (int v = 0; v < VECTORS; ++v) {
+      const int64_t c = v * kWidth<acc_t>;
+      const uint32_t* draw = STOCHASTIC ? bits[i].bits + (column + c) % kDropoutBlock : nullptr;
+      finish<FIDELITY, STOCHASTIC>(weight + i * weight_stride + c, out + i * out_stride + c,
+                                   sum[i][v], draw, own);
+    }
+  }
+  lanes.add(own);
+}
+
+// The columns that do not fill a vector, by the same arithmetic in one padded with zeros.
+template <int ROWS, bool FIDELITY, bool STOCHASTIC, typename scalar_t, typename acc_t>
+void tail(const Update<scalar_t, acc_t>& u,
+          const Block<acc_t>& block,
+          int64_t row,
+          int64_t column,
+          const RowBits* bits,
+          Lanes<acc_t>& lanes) {
+  const auto width = static_cast<size_t>(block.end - column);
+  Vec<acc_t> sum[ROWS][1] = {};
+  multiply(u, block, row, column, sum);
+  for (int i = 0; i < ROWS; ++i) {
+    scalar_t from[kWidth<acc_t>] = {}, to[kWidth<acc_t>];
+    std::memcpy(from, u.weight + (row + i) * u.weight_stride + column, width * sizeof(scalar_t));
+    finish<FIDELITY, STOCHASTIC>(
+        from, to, sum[i][0], STOCHASTIC ? bits[i].bits + column % kDropoutBlock : nullptr, lanes);
+    std::memcpy(u.out + (row + i) * u.out_stride + column, to, width * sizeof(scalar_t));
+  }
+}
+
+template <int ROWS, bool FIDELITY, bool STOCHASTIC, typename scalar_t, typename acc_t>
+void rows_of_block(const Update<scalar_t, acc_t>& u,
+                   const Block<acc_t>& block,
+                   int64_t row,
+                   UpdateSums& sums) {
+  constexpr int64_t kStep = Block<acc_t>::kColumns;
+  Lanes<acc_t> lanes;
+  RowBits bits[STOCHASTIC ? ROWS : 1];
+  for (int64_t c = block.begin; c < block.end;) {
+    int64_t stop = block.end;
+    if constexpr (STOCHASTIC) {
+      stop = std::min(c + kDropoutBlock, stop);
+      for (int i = 0; i < ROWS; ++i) {
+        bits[i].draw(*u.rounding, row + i, c / kDropoutBlock);
+      }
+    }
+    for (; c + kStep <= stop; c += kStep) {
+      tile<ROWS, kTileVectors, FIDELITY, STOCHASTIC>(u, block, row, c, bits, lanes);
+    }
+    for (; c + kWidth<acc_t> <= stop; c += kWidth<acc_t>) {
+      tile<ROWS, 1, FIDELITY, STOCHASTIC>(u, block, row, c, bits, lanes);
+    }
+    if (c < stop) {
+      tail<ROWS, FIDELITY, STOCHASTIC>(u, block, row, c, bits, lanes);
+      c = stop;
+    }
+  }
+  lanes.flush(sums);
+}
+
+template <bool FIDELITY, bool STOCHASTIC, typename scalar_t, typename acc_t>
+void walk(const Update<scalar_t, acc_t>& u,
+          const acc_t* right,
+          int64_t first,
+          int64_t rows,
+          UpdateSums& sums) {
+  const int64_t step = block_columns<acc_t>(u.rank);
+  for (int64_t begin = 0; begin < u.columns; begin += step) {
+    const Block<acc_t> block(right, u.rank, u.columns, begin, std::min(begin + step, u.columns));
+    int64_t row = first;
+    for (; row + kTileRows <= first + rows; row += kTileRows) {
+      rows_of_block<kTileRows, FIDELITY, STOCHASTIC>(u, block, row, sums);
+    }
+    for (; row < first + rows; ++row) {
+      rows_of_block<1, FIDELITY, STOCHASTIC>(u, block, row, sums);
+    }
+  }
+}
+
+template <typename scalar_t, typename acc_t>
+void update(const scalar_t* weight,
+            int64_t weight_stride,
+            scalar_t* out,
+            int64_t out_stride,
+            int64_t first,
+            int64_t rows,
+            int64_t columns,
+            const acc_t* left,
+            const acc_t* right,
+            int64_t rank,
+            const Rounding* rounding,
+            bool fidelity,
+            UpdateSums& sums) {
+  const Update<scalar_t, acc_t> u = {weight,  weight_stride, out,  out_stride,
+                                     columns, left,          rank, rounding};
+  if constexpr (!std::is_same_v<scalar_t, acc_t>) {
+    if (rounding != nullptr) {
+      return fidelity ? walk<true, true>(u, right, first, rows, sums)
+                      : walk<false, true>(u, right, first, rows, sums);
+    }
+  }
+  return fidelity ? walk<true, false>(u, right, first, rows, sums)
+                  : walk<false, false>(u, right, first, rows, sums);
+}
+
+template <typename scalar_t>
+constexpr RankUpdateKernels<scalar_t> table() {
+  return {&update<scalar_t, typename AccOf<scalar_t>::type>};
+}
+
+}  // namespace
+
+namespace CPU_CAPABILITY {
+
+extern const RankUpdateKernels<float> rank_update_float;
+extern const RankUpdateKernels<double> rank_update_double;
+extern const RankUpdateKernels<BFloat16Bits> rank_update_bfloat16;
+extern const RankUpdateKernels<HalfBits> rank_update_half;
+
+const RankUpdateKernels<float> rank_update_float = table<float>();
+const RankUpdateKernels<double> rank_update_double = table<double>();
+const RankUpdateKernels<BFloat16Bits> rank_update_bfloat16 = table<BFloat16Bits>();
+const RankUpdateKernels<HalfBits> rank_update_half = table<HalfBits>();
+
+}  // namespace CPU_CAPABILITY
+}  // namespace gauge_ext
