@@ -23,7 +23,7 @@ LAYERS = (
     ("models",),
     ("checkpoint",),
     ("merging",),
-    ("", "inspect", "doctor"),
+    ("", "inspect", "training", "doctor"),
     ("export",),
     ("demo",),
     ("cli",),
