@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.skipif(
     not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
 )
 
-# (N, in, out, r): tails of every tile, wide and narrow, one row, no row, rank one, rank over a tile
+# (N, in, out, r): tails of every tile, wide and narrow, one row, no row, rank one, rank over a
+# tile, so many rows that chunks and merging come in
 SIZES = [
     (7, 37, 51, 5),
     (64, 384, 384, 8),
@@ -24,6 +26,7 @@ SIZES = [
     (33, 1000, 260, 17),
     (5, 3, 2, 1),
     (0, 8, 8, 2),
+    (600, 40, 24, 3),
 ]
 DTYPES = [
     (torch.float64, torch.float64, 1e-13),
@@ -103,12 +106,27 @@ def test_values_and_gradients(
     p = make(sizes, dtype, adapter_dtype)
     seed = torch.tensor(1234567890123456789)
     mask = reference.dropout_mask(sizes[0], sizes[1], dropout_p, seed)
-    y = lora_linear(p.x, p.weight, p.bias, p.lora_A, p.lora_B, p.scaling, dropout_p, seed)
+    arguments = (p.x, p.weight, p.bias, p.lora_A, p.lora_B, p.scaling, dropout_p, seed)
+    y = lora_linear(*arguments)
     gradients = torch.autograd.grad(y, p.differentiable, p.grad)
     assert y.dtype == dtype
     assert [g.dtype for g in gradients] == [dtype, adapter_dtype, adapter_dtype]
     for actual, expected in zip((y, *gradients), by_hand(p, mask), strict=True):
         assert_close(actual, expected, tolerance)
+    with torch.no_grad():
+        assert_close(lora_linear(*arguments), by_hand(p, mask)[0], tolerance)
+
+
+def check_every_value() -> None:
+    """What the test above does, without pytest, for processes that take other paths."""
+    torch.set_num_threads(2)
+    for sizes in SIZES:
+        for dtype, adapter_dtype, tolerance in DTYPES:
+            for dropout_p in (0.0, 0.1):
+                test_values_and_gradients(sizes, dtype, adapter_dtype, tolerance, dropout_p)
+    test_float32_adapters_keep_their_precision_on_a_bfloat16_base()
+    test_batch_dimensions_strides_and_no_bias()
+    test_the_mask_is_the_references()
 
 
 def test_float32_adapters_keep_their_precision_on_a_bfloat16_base() -> None:
@@ -261,17 +279,43 @@ def test_every_instruction_set_of_this_machine(capability: str) -> None:
     here = torch.backends.cpu.get_cpu_capability()
     if here not in levels or levels.index(capability.upper()) > levels.index(here):
         pytest.skip(f"this machine has {here} only")
+    check = f"assert torch.backends.cpu.get_cpu_capability() == '{capability.upper()}'"
+    done = run_again({"ATEN_CPU_CAPABILITY": capability}, check)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "forced",
+    [
+        {"MERGED": "always", "SMALL": "never", "BFLOAT16": "float32"},
+        {"MERGED": "never", "SMALL": "never", "BFLOAT16": "native"},
+        {"SMALL": "always"},
+    ],
+    ids=lambda forced: ",".join(f"{name}={value}" for name, value in forced.items()),
+)
+def test_every_path(forced: dict[str, str]) -> None:
+    """Runs the value tests again in a process that must take the path, whatever the sizes."""
+    done = run_again({f"GAUGE_EXT_{name}": value for name, value in forced.items()})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_path_that_does_not_exist_is_refused() -> None:
+    done = run_again({"GAUGE_EXT_MERGED": "sometimes"})
+    assert done.returncode != 0
+    assert "GAUGE_EXT_MERGED must be auto, always or never, got sometimes" in done.stderr
+
+
+def run_again(variables: dict[str, str], check: str = "") -> subprocess.CompletedProcess[str]:
     program = (
-        "import sys, pytest, torch\n"
-        f"assert torch.backends.cpu.get_cpu_capability() == '{capability.upper()}'\n"
-        f"sys.exit(pytest.main([{__file__!r}, '-q', '-x', '-p', 'no:cacheprovider', "
-        "'-k', 'values_and_gradients or mask or keep_their_precision']))"
+        f"import sys, torch\n{check}\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_lora_linear\n"
+        "test_lora_linear.check_every_value()"
     )
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    done = subprocess.run(
+    environment = {**os.environ, **variables}
+    return subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

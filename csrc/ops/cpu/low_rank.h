@@ -10,6 +10,9 @@
 // R is (rank, columns), L is (rows, rank), M is the dropout multiplier. They are computed in acc_t
 // whatever the storage type is. Each pass over a large matrix does all that can be done with it
 // while it is in cache; that is why reduce comes fused with the other two.
+//
+// Besides, what the dense product beside them needs now and then: W + scale · L R, and a product
+// for few rows.
 
 #include <cstdint>
 
@@ -85,6 +88,34 @@ struct LowRankKernels {
                int64_t rows,
                int64_t columns,
                acc_t* multiplier);
+
+  // W' = W + scale · L R, all of it in acc_t; W's rows lie `stride` apart
+  void (*merge)(const scalar_t* weight,
+                int64_t stride,
+                int64_t rows,
+                int64_t columns,
+                const acc_t* left,
+                const acc_t* right,
+                int64_t rank,
+                acc_t scale,
+                acc_t* merged);
+
+  // Y += X Wᵀ for few rows of X; W is (count, columns), its rows lie `stride` apart, Y's y_stride
+  void (*skinny)(const acc_t* x,
+                 int64_t rows,
+                 int64_t columns,
+                 const scalar_t* weight,
+                 int64_t stride,
+                 int64_t count,
+                 acc_t* y,
+                 int64_t y_stride);
+
+  // T = scale · Xᵀ, (columns, rows), for X (rows, columns)
+  void (*transpose)(const scalar_t* x, int64_t rows, int64_t columns, acc_t scale, acc_t* to);
+
+  // Between the storage type and acc_t
+  void (*widen)(const scalar_t* from, int64_t count, acc_t* to);
+  void (*narrow)(const acc_t* from, int64_t count, scalar_t* to);
 };
 
 // The kernels for the instruction set that torch runs with: at::get_cpu_capability(), which the

@@ -1,6 +1,7 @@
 #include "ops/cpu/low_rank.h"
 
 #include "ops/cpu/panel.h"
+#include "ops/cpu/skinny.h"
 #include "ops/cpu/tiles.h"
 
 namespace gauge_ext {
@@ -15,10 +16,12 @@ void project(const scalar_t* x,
              int64_t rank,
              const Dropout& dropout,
              acc_t* hidden) {
-  Panel<scalar_t, acc_t> panel(panel_rows<acc_t>(rows, columns), columns, dropout);
-  for_each_panel<acc_t>(rows, columns, [&](int64_t row, int64_t count) {
-    const acc_t* values = panel.read(x + row * columns, first_row + row, count);
-    dot_panel(values, count, columns, right, rank, hidden + row * rank);
+  Panel<scalar_t, acc_t> panel(dropout);
+  const ConstView<scalar_t> from{x, columns};
+  for_each_panel(rows, columns, [&](int64_t row, int64_t count, int64_t column, int64_t width) {
+    const auto values = panel.read(from.from(row, column), first_row + row, count, column, width);
+    dot_panel<acc_t>(values, count, width, {right + column, columns}, rank, column > 0,
+                     hidden + row * rank);
   });
 }
 
@@ -32,7 +35,8 @@ void expand(scalar_t* y,
             const acc_t* right,
             int64_t rank,
             acc_t scale) {
-  expand_panel<scalar_t, acc_t>(y, rows, columns, left, right, rank, {scale, nullptr, bias, add});
+  const Expand<acc_t> how{scale, {nullptr, 0}, bias, add};
+  expand_panel<scalar_t, acc_t>({y, columns}, rows, columns, left, {right, columns}, rank, how);
 }
 
 template <typename scalar_t, typename acc_t>
@@ -45,11 +49,13 @@ void project_reduce(const scalar_t* x,
                     acc_t* hidden,
                     acc_t* sum) {
   const Dropout none;
-  Panel<scalar_t, acc_t> panel(panel_rows<acc_t>(rows, columns), columns, none);
-  for_each_panel<acc_t>(rows, columns, [&](int64_t row, int64_t count) {
-    const acc_t* values = panel.read(x + row * columns, row, count);
-    dot_panel(values, count, columns, right, rank, hidden + row * rank);
-    reduce_panel(values, count, columns, left + row * rank, rank, sum);
+  Panel<scalar_t, acc_t> panel(none);
+  const ConstView<scalar_t> from{x, columns};
+  for_each_panel(rows, columns, [&](int64_t row, int64_t count, int64_t column, int64_t width) {
+    const auto values = panel.read(from.from(row, column), row, count, column, width);
+    dot_panel<acc_t>(values, count, width, {right + column, columns}, rank, column > 0,
+                     hidden + row * rank);
+    reduce_panel<acc_t>(values, count, width, left + row * rank, rank, {sum + column, columns});
   });
 }
 
@@ -65,23 +71,101 @@ void expand_reduce(const scalar_t* x,
                    int64_t rank,
                    const Dropout& dropout,
                    acc_t* sum) {
-  Panel<scalar_t, acc_t> panel(panel_rows<acc_t>(rows, columns), columns, dropout);
-  for_each_panel<acc_t>(rows, columns, [&](int64_t row, int64_t count) {
+  Panel<scalar_t, acc_t> panel(dropout);
+  const ConstView<scalar_t> from{x, columns};
+  for_each_panel(rows, columns, [&](int64_t row, int64_t count, int64_t column, int64_t width) {
     const acc_t* l = left + row * rank;
-    const acc_t* values = panel.read(x + row * columns, first_row + row, count);
-    reduce_panel(values, count, columns, l, rank, sum);
+    const auto values = panel.read(from.from(row, column), first_row + row, count, column, width);
+    reduce_panel<acc_t>(values, count, width, l, rank, {sum + column, columns});
     if (y != nullptr) {
-      expand_panel<scalar_t, acc_t>(y + row * columns, count, columns, l, right, rank,
+      const View<scalar_t> to = View<scalar_t>{y, columns}.from(row, column);
+      expand_panel<scalar_t, acc_t>(to, count, width, l, {right + column, columns}, rank,
                                     {acc_t(1), panel.mask(), nullptr, add});
     }
   });
 }
 
+template <typename scalar_t, typename acc_t>
+void widen(const scalar_t* from, int64_t count, acc_t* to) {
+  int64_t i = 0;
+  for (; i + kWidth<acc_t> <= count; i += kWidth<acc_t>) {
+    store<acc_t>(to + i, load_as<scalar_t, acc_t>(from + i));
+  }
+  for (; i < count; ++i) {
+    to[i] = to_acc(from[i]);
+  }
+}
+
+template <typename scalar_t, typename acc_t>
+void narrow(const acc_t* from, int64_t count, scalar_t* to) {
+  int64_t i = 0;
+  for (; i + kWidth<acc_t> <= count; i += kWidth<acc_t>) {
+    store_as<scalar_t, acc_t>(to + i, load<acc_t>(from + i));
+  }
+  for (; i < count; ++i) {
+    to[i] = from_acc<scalar_t>(from[i]);
+  }
+}
+
+template <typename scalar_t, typename acc_t>
+void merge(const scalar_t* weight,
+           int64_t stride,
+           int64_t rows,
+           int64_t columns,
+           const acc_t* left,
+           const acc_t* right,
+           int64_t rank,
+           acc_t scale,
+           acc_t* merged) {
+  const Expand<acc_t> how{scale, {nullptr, 0}, nullptr, true};
+  for (int64_t row = 0; row < rows; row += kExpandRows) {
+    const int64_t count = std::min<int64_t>(kExpandRows, rows - row);
+    acc_t* to = merged + row * columns;
+    for (int64_t i = 0; i < count; ++i) {
+      widen(weight + (row + i) * stride, columns, to + i * columns);
+    }
+    expand_panel<acc_t, acc_t>({to, columns}, count, columns, left + row * rank, {right, columns},
+                               rank, how);
+  }
+}
+
+template <typename scalar_t, typename acc_t>
+void transpose(const scalar_t* x, int64_t rows, int64_t columns, acc_t scale, acc_t* to) {
+  constexpr int64_t kSide = 8;
+  for (int64_t row = 0; row < rows; row += kSide) {
+    for (int64_t column = 0; column < columns; column += kSide) {
+      const scalar_t* from = x + row * columns + column;
+      acc_t* into = to + column * rows + row;
+      if (row + kSide <= rows && column + kSide <= columns) {
+        for (int64_t c = 0; c < kSide; ++c) {
+          for (int64_t i = 0; i < kSide; ++i) {
+            into[c * rows + i] = scale * to_acc(from[i * columns + c]);
+          }
+        }
+      } else {
+        for (int64_t c = 0; c < std::min(kSide, columns - column); ++c) {
+          for (int64_t i = 0; i < std::min(kSide, rows - row); ++i) {
+            into[c * rows + i] = scale * to_acc(from[i * columns + c]);
+          }
+        }
+      }
+    }
+  }
+}
+
 template <typename scalar_t>
 constexpr LowRankKernels<scalar_t> table() {
   using acc_t = typename AccOf<scalar_t>::type;
-  return {&project<scalar_t, acc_t>, &expand<scalar_t, acc_t>, &project_reduce<scalar_t, acc_t>,
-          &expand_reduce<scalar_t, acc_t>, &draw_rows<acc_t>};
+  return {&project<scalar_t, acc_t>,
+          &expand<scalar_t, acc_t>,
+          &project_reduce<scalar_t, acc_t>,
+          &expand_reduce<scalar_t, acc_t>,
+          &draw_rows<acc_t>,
+          &merge<scalar_t, acc_t>,
+          &skinny_product<scalar_t, acc_t>,
+          &transpose<scalar_t, acc_t>,
+          &widen<scalar_t, acc_t>,
+          &narrow<scalar_t, acc_t>};
 }
 
 }  // namespace

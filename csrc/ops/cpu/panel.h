@@ -8,26 +8,26 @@
 #include <type_traits>
 
 #include "math/dropout.h"
+#include "ops/cpu/tiles.h"
 #include "ops/cpu/vec.h"
 
 namespace gauge_ext {
 namespace {
 
-// A panel of about this many bytes stays in the second-level cache while it is read twice.
-constexpr int64_t kPanelBytes = 96 * 1024;
+// A panel is of so many rows and columns at most: 144 KiB of float32, which stay in the
+// second-level cache while they are read twice. With fewer rows the sums over rows are fetched too
+// often, with fewer columns those over columns.
+constexpr int64_t kPanelRows = 48;
+constexpr int64_t kPanelColumns = 768;
 
-template <typename acc_t>
-int64_t panel_rows(int64_t rows, int64_t columns) {
-  const int64_t fitting = kPanelBytes / (std::max<int64_t>(columns, 1) * sizeof(acc_t));
-  return std::min(rows, std::clamp<int64_t>(fitting / 12 * 12, 12, 96));
-}
-
-// Calls body(first, count) for the panels of `rows`.
-template <typename acc_t, typename F>
+// Calls body(first row, rows, first column, columns) for the panels, row by row of panels.
+template <typename F>
 void for_each_panel(int64_t rows, int64_t columns, const F& body) {
-  const int64_t step = panel_rows<acc_t>(rows, columns);
-  for (int64_t row = 0; row < rows; row += step) {
-    body(row, std::min(step, rows - row));
+  for (int64_t row = 0; row < rows; row += kPanelRows) {
+    for (int64_t column = 0; column < columns; column += kPanelColumns) {
+      body(row, std::min(kPanelRows, rows - row), column,
+           std::min(kPanelColumns, columns - column));
+    }
   }
 }
 
@@ -39,19 +39,25 @@ inline __attribute__((always_inline)) void draw_block(const Dropout& dropout,
   static_assert(kDropoutLanes % kWords == 0);
   const Vec<float> zero = {};
   const Words kept = reinterpret_cast<Words>(zero + static_cast<float>(dropout.scale));
+  // Draws have 16 bits and the threshold 17 at most, so they compare as signed words, which is one
+  // instruction.
+  const auto below = static_cast<int32_t>(dropout.threshold) - 1;
   Words lane = {};
   for (int i = 0; i < kWords; ++i) {
     lane[i] = static_cast<uint32_t>(i);
   }
   for (int first = 0; first < kDropoutLanes; first += kWords) {
-    Words words[4];
+    SplitWords words[4];
     const Words counter = lane + static_cast<uint32_t>(block * kDropoutLanes + first);
-    dropout_words<MultiplyWideWords>(dropout, row, counter, words);
+    dropout_words<MultiplySplitWords>(dropout, row, SplitWords::from(counter), words);
     for (int word = 0; word < 4; ++word) {
+      const Words drawn = words[word].joined();
       float* even = multiplier + 2 * word * kDropoutLanes + first;
       // Comparing gives all ones where true.
-      const Words low = reinterpret_cast<Words>((words[word] & 0xFFFFu) >= dropout.threshold);
-      const Words high = reinterpret_cast<Words>((words[word] >> 16) >= dropout.threshold);
+      const Words low =
+          reinterpret_cast<Words>(reinterpret_cast<SignedWords>(drawn & 0xFFFFu) > below);
+      const Words high =
+          reinterpret_cast<Words>(reinterpret_cast<SignedWords>(drawn >> 16) > below);
       store<float>(even, reinterpret_cast<Vec<float>>(low & kept));
       store<float>(even + kDropoutLanes, reinterpret_cast<Vec<float>>(high & kept));
     }
@@ -110,50 +116,74 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
-// Reads rows as acc_t: the caller's own memory where nothing is to be done, else a copy.
+// Reads panels as acc_t: the caller's own memory where nothing is to be done, else a copy.
 template <typename scalar_t, typename acc_t>
 class Panel {
  public:
-  Panel(int64_t rows, int64_t columns, const Dropout& dropout)
-      : columns_(columns), dropout_(dropout) {
-    const bool copies = dropout.active() || !std::is_same_v<scalar_t, acc_t>;
-    if (copies) {
-      static thread_local Scratch<acc_t> scratch;
-      values_ = scratch.reserve(rows * columns * (dropout.active() ? 2 : 1));
-    }
-    if (dropout.active()) {
-      mask_ = values_ + rows * columns;
-    }
-  }
+  explicit Panel(const Dropout& dropout) : dropout_(dropout) {}
 
-  // X ∘ M of the given rows
-  const acc_t* read(const scalar_t* x, int64_t first_row, int64_t rows) {
-    const int64_t count = rows * columns_;
+  // X ∘ M of the given panel of X, whose first row and column are those of the whole matrix
+  ConstView<acc_t> read(ConstView<scalar_t> x,
+                        int64_t first_row,
+                        int64_t rows,
+                        int64_t first_column,
+                        int64_t columns) {
     if (dropout_.active()) {
-      draw_rows(dropout_, first_row, rows, columns_, mask_);
-      for (int64_t i = 0; i < count; ++i) {
-        values_[i] = to_acc(x[i]) * mask_[i];
+      const Memory own = memory();
+      for (int64_t i = 0; i < rows; ++i) {
+        acc_t* mask = own.mask + i * kStride;
+        acc_t* values = own.values + i * kStride;
+        for (int64_t c = 0; c < columns; c += kDropoutBlock) {
+          draw_block(dropout_, first_row + i, (first_column + c) / kDropoutBlock, mask + c);
+          multiply(x.row(i) + c, mask + c, std::min<int64_t>(kDropoutBlock, columns - c),
+                   values + c);
+        }
       }
-      return values_;
+      return {own.values, kStride};
     }
     if constexpr (std::is_same_v<scalar_t, acc_t>) {
       return x;
     } else {
-      for (int64_t i = 0; i < count; ++i) {
-        values_[i] = to_acc(x[i]);
+      acc_t* copy = memory().values;
+      for (int64_t i = 0; i < rows; ++i) {
+        acc_t* values = copy + i * kStride;
+        for (int64_t c = 0; c < columns; ++c) {
+          values[c] = to_acc(x.row(i)[c]);
+        }
       }
-      return values_;
+      return {copy, kStride};
     }
   }
 
-  // The multipliers of the rows last read, or null without dropout
-  const acc_t* mask() const { return mask_; }
+  // The multipliers of the panel last read, or null without dropout
+  ConstView<acc_t> mask() const { return {dropout_.active() ? memory().mask : nullptr, kStride}; }
 
  private:
-  int64_t columns_;
+  // Odd multiples of a cache line apart, so that rows don't fall on each other in the cache.
+  static constexpr int64_t kStride = kPanelColumns + 16;
+  static_assert(kPanelColumns % kDropoutBlock == 0);  // as whole blocks of dropout are drawn
+
+  struct Memory {
+    acc_t* values;
+    acc_t* mask;
+  };
+  static Memory memory() {
+    static thread_local Scratch<acc_t> scratch;
+    acc_t* values = scratch.reserve(2 * kPanelRows * kStride);
+    return {values, values + kPanelRows * kStride};
+  }
+
+  static void multiply(const scalar_t* x, const acc_t* mask, int64_t count, acc_t* to) {
+    int64_t i = 0;
+    for (; i + kWidth<acc_t> <= count; i += kWidth<acc_t>) {
+      store<acc_t>(to + i, load_as<scalar_t, acc_t>(x + i) * load<acc_t>(mask + i));
+    }
+    for (; i < count; ++i) {
+      to[i] = to_acc(x[i]) * mask[i];
+    }
+  }
+
   const Dropout& dropout_;
-  acc_t* values_ = nullptr;
-  acc_t* mask_ = nullptr;
 };
 
 }  // namespace

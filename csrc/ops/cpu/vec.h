@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -58,6 +59,18 @@ inline __attribute__((always_inline)) void store(acc_t* to, const Vec<acc_t>& va
   std::memcpy(to, &value, sizeof(value));
 }
 
+// body(0), ..., body(COUNT - 1), written out before the compiler decides where arrays live: a tile
+// that is indexed by loop counters is zeroed, filled and stored through memory.
+#define GAUGE_EXT_INLINE __attribute__((always_inline))
+template <typename F, int... I>
+inline GAUGE_EXT_INLINE void repeat_each(std::integer_sequence<int, I...>, const F& body) {
+  (body(I), ...);
+}
+template <int COUNT, typename F>
+inline GAUGE_EXT_INLINE void repeat(const F& body) {
+  repeat_each(std::make_integer_sequence<int, COUNT>(), body);
+}
+
 template <typename acc_t>
 inline __attribute__((always_inline)) acc_t horizontal_sum(const Vec<acc_t>& value) {
   acc_t sum = 0;
@@ -67,8 +80,32 @@ inline __attribute__((always_inline)) acc_t horizontal_sum(const Vec<acc_t>& val
   return sum;
 }
 
+// The sums of COUNT vectors; four of floats are added up together, by halves and pairs.
+template <int COUNT, typename acc_t>
+inline __attribute__((always_inline)) void horizontal_sums(const Vec<acc_t> (&value)[COUNT],
+                                                           acc_t (&sum)[COUNT]) {
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+  if constexpr (COUNT == 4 && std::is_same_v<acc_t, float>) {
+    __m256 half[4];
+    repeat<4>([&](int i) GAUGE_EXT_INLINE {
+#if defined(CPU_CAPABILITY_AVX512)
+      half[i] = _mm512_castps512_ps256(value[i]) + _mm512_extractf32x8_ps(value[i], 1);
+#else
+      half[i] = value[i];
+#endif
+    });
+    const __m256 pairs =
+        _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    _mm_storeu_ps(sum, _mm256_castps256_ps128(pairs) + _mm256_extractf128_ps(pairs, 1));
+    return;
+  }
+#endif
+  repeat<COUNT>([&](int i) GAUGE_EXT_INLINE { sum[i] = horizontal_sum<acc_t>(value[i]); });
+}
+
 // Words of the random generator, as many as fit a register.
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef int32_t SignedWords __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t WideWords __attribute__((vector_size(kVectorBytes)));
 constexpr int kWords = kVectorBytes / static_cast<int>(sizeof(uint32_t));
 
@@ -99,6 +136,45 @@ struct MultiplyWideWords {
     const WideWords odd = multiply_even(factor, pairs >> 32);
     high = reinterpret_cast<Words>((even >> 32) | (odd & kHigh));
     low = reinterpret_cast<Words>((even & ~kHigh) | (odd << 32));
+  }
+};
+
+// Words in two registers of 64-bit lanes, of which the lower half counts: the products of 32-bit
+// words then come out in place, with nothing to be put together between the rounds.
+struct SplitWords {
+  WideWords even;
+  WideWords odd;
+
+  inline __attribute__((always_inline)) SplitWords operator^(const SplitWords& other) const {
+    return {even ^ other.even, odd ^ other.odd};
+  }
+  inline __attribute__((always_inline)) SplitWords operator^(uint64_t word) const {
+    return {even ^ word, odd ^ word};
+  }
+  inline __attribute__((always_inline)) SplitWords operator+(uint64_t word) const {
+    return {even + word, odd + word};
+  }
+  inline __attribute__((always_inline)) static SplitWords from(const Words& words) {
+    const WideWords pairs = reinterpret_cast<WideWords>(words);
+    return {pairs, pairs >> 32};
+  }
+  inline __attribute__((always_inline)) Words joined() const {
+#if defined(CPU_CAPABILITY_AVX2)
+    return reinterpret_cast<Words>(_mm256_blend_epi32(reinterpret_cast<__m256i>(even),
+                                                      reinterpret_cast<__m256i>(odd << 32), 0xAA));
+#else
+    return reinterpret_cast<Words>((even & 0xFFFFFFFFu) | (odd << 32));
+#endif
+  }
+};
+
+struct MultiplySplitWords {
+  inline __attribute__((always_inline)) void operator()(uint32_t factor,
+                                                        const SplitWords& word,
+                                                        SplitWords& high,
+                                                        SplitWords& low) const {
+    low = {multiply_even(factor, word.even), multiply_even(factor, word.odd)};
+    high = {low.even >> 32, low.odd >> 32};
   }
 };
 
