@@ -15,7 +15,14 @@ The order in which to read:
 - :mod:`causal_lm` writes a language model with its key-value cache: :mod:`cached` gives the model
   tensors for a cache, :mod:`generate`, :mod:`choose` and :mod:`sampling` are the loop in
   onnxruntime, :mod:`model_folder` and :mod:`genai` what lies beside the graphs.
-- :mod:`merge` and :mod:`base_folder` merge an adapter into a folder of weights, without ONNX.
+- :mod:`merge` (into a folder of weights, :mod:`base_folder`) and :mod:`patch` (into an ONNX file)
+  need no torch. :mod:`adapter_arrays` reads adapters; :mod:`update` adds them to weights on the way
+  from one place of a file (:mod:`spans`) to another, as :mod:`numbers` or as blocks (:mod:`nbits`);
+  :mod:`resume` goes on after an interruption.
+- An ONNX file that is not loaded: :mod:`wire` walks its protobuf, :mod:`onnx_file` says where each
+  weight lies, :mod:`onnx_copy` writes it anew around some of them. :mod:`sites` finds its linear
+  layers, :mod:`homes` and :mod:`likeness` which module is which, :mod:`verify_patch` and
+  :mod:`feeds` prove the result in onnxruntime.
 
 Importing this imports nothing else: torch, onnx and onnxruntime are asked for when they are used.
 """
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
     from gauge_ext.export.generate import OnnxGenerator
     from gauge_ext.export.merge import MergeReport, merge_checkpoint
     from gauge_ext.export.model_folder import ModelReport
+    from gauge_ext.export.patch import PatchedWeight, PatchReport, patch_onnx
     from gauge_ext.export.report import CaseResult, ExportReport, OutputDifference, ValidationReport
     from gauge_ext.export.to_onnx import export_onnx
     from gauge_ext.export.tolerance import Tolerance
@@ -56,11 +64,14 @@ __all__ = [
     "ModelReport",
     "OnnxGenerator",
     "OutputDifference",
+    "PatchReport",
+    "PatchedWeight",
     "Tolerance",
     "ValidationReport",
     "export_causal_lm",
     "export_onnx",
     "merge_checkpoint",
+    "patch_onnx",
     "validate_causal_lm",
     "validate_onnx",
     "write_onnx_adapter",

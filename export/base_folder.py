@@ -1,28 +1,18 @@
-"""A transformers folder, read without transformers: where each tensor lies, and what belongs to it.
-
-The safetensors format (huggingface/safetensors, "Format"): eight bytes with the length N of the
-header (little endian), N bytes of JSON (name -> dtype, shape, data_offsets), then the data.
-"""
+"""A transformers folder, read without transformers: its files, and where each tensor lies."""
 
 from __future__ import annotations
 
 import json
-import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gauge_ext.checkpoint import AdapterCheckpoint
 from gauge_ext.errors import AdapterMismatchError, ConfigError
+from gauge_ext.export.naming import best_renamings
+from gauge_ext.export.numbers import BY_SAFETENSORS
+from gauge_ext.export.safetensors_file import Stored, read_header
 
-FLOATS = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 # Weights in any format but the one that is merged: they would be the unmerged base under the name
 # of the merged model.
 _WEIGHTS = (
@@ -30,24 +20,8 @@ _WEIGHTS = (
     *(".gguf", ".onnx", ".onnx_data", ".tflite"),
 )
 _UNTIE = "Merge in memory with gauge_ext.merge(), and save with config.tie_word_embeddings = False."
-_MAX_HEADER = 100_000_000  # the format's own limit
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies.
-
-    Attributes:
-        file: The safetensors file, relative to the folder.
-        dtype: Its dtype in the file's words, a key of ``FLOATS`` if it can be merged.
-        shape: Its shape.
-        offset: Its first byte, counted from the start of the file.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
+# Families whose linear layers are transformers' Conv1D, which stores weights (in, out).
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gptsan-japanese"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +32,7 @@ class BaseFolder:
         path: The folder.
         config: ``config.json``, empty if there is none.
         tensors: Name -> where it lies.
+        shards: The files with the weights, relative to the folder.
         carried: Other files that belong to the model, relative to the folder.
         skipped: Files left behind, relative to the folder: weights in other formats.
         nbytes: The size of all that belongs to the model.
@@ -66,6 +41,7 @@ class BaseFolder:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, Stored]
+    shards: tuple[Path, ...]
     carried: tuple[Path, ...]
     skipped: tuple[Path, ...]
     nbytes: int
@@ -91,47 +67,88 @@ def open_base(path: Path) -> BaseFolder:
     shards = _shards(path)
     tensors: dict[str, Stored] = {}
     for shard in shards:
-        tensors.update(_read_header(path, shard))
+        for name, stored in read_header(path / shard).items():
+            if tensors.setdefault(name, stored) is not stored:
+                raise ConfigError(
+                    f"{path} holds {name!r} twice, in {tensors[name].span.path.name} and {shard}.",
+                    hint="Download the base again, into an empty folder.",
+                )
     carried, skipped = _other_files(path, set(shards))
     nbytes = sum((path / file).stat().st_size for file in (*shards, *carried))
-    return BaseFolder(path, config, tensors, carried, skipped, nbytes)
+    return BaseFolder(path, config, tensors, tuple(shards), carried, skipped, nbytes)
 
 
-def match_targets(base: BaseFolder, adapter: AdapterCheckpoint) -> dict[str, str]:
-    """Finds the tensor that each adapted module's weight is stored in.
+@dataclass(frozen=True)
+class Target:
+    """A weight that an adapter changes.
+
+    Attributes:
+        module: Path of the module.
+        stored: Where it lies.
+        transposed: Whether it lies ``(in, out)``.
+    """
+
+    module: str
+    stored: Stored
+    transposed: bool
+
+
+def base_weights(base: BaseFolder, modules: Sequence[str]) -> dict[str, str]:
+    """Finds the name of the tensor that each module's weight is stored under.
 
     A folder saved from the bare model lacks the prefix that the paths of a model with a head have
     (``bert.``, ``model.``), or the other way round; one prefix has to do for all modules.
 
     Returns:
-        Name of the tensor -> path of the module.
+        Path of the module -> name of the tensor.
+
+    Raises:
+        AdapterMismatchError: a module has no tensor, or it cannot be told which.
+    """
+    known = {name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")}
+    rules = best_renamings(modules, known)
+    if len(rules) != 1 or any(rules[0](module) not in known for module in modules):
+        raise _mismatch(base, list(modules), ambiguous=len(rules) > 1)
+    return {module: f"{rules[0](module)}.weight" for module in modules}
+
+
+def match_targets(
+    base: BaseFolder, shapes: Mapping[str, tuple[int, int]], *, may_lie_transposed: bool
+) -> dict[str, Target]:
+    """Finds the tensor that each adapted module's weight is stored in.
+
+    Args:
+        base: The folder.
+        shapes: Path of the module -> ``(out, in)`` of its weight.
+        may_lie_transposed: Whether the adapter says that weights lie ``(in, out)``
+            (``fan_in_fan_out``); each shape then says whether that is so.
+
+    Returns:
+        Name of the tensor -> the target.
 
     Raises:
         AdapterMismatchError: a module has no tensor, or one of another shape.
         ConfigError: a tensor is of a dtype that cannot be merged.
     """
-    modules = list(adapter.tensors)
-    fits = [
-        found
-        for rename in _renamings(modules[0], base)
-        if len(found := {rename(module): module for module in modules}) == len(modules)
-        and all(name in base.tensors for name in found)
-    ]
-    if len(fits) != 1:
-        raise _mismatch(base, modules, ambiguous=len(fits) > 1)
-    for name, module in fits[0].items():
-        stored, pair = base.tensors[name], adapter.tensors[module]
-        shape = (pair.lora_B.shape[0], pair.lora_A.shape[1])
-        if stored.shape != (shape[::-1] if is_transposed(stored, adapter, module) else shape):
+    names = base_weights(base, list(shapes))
+    square = any(rows == columns for rows, columns in shapes.values())
+    turned = may_lie_transposed and square and _square_ones_lie_transposed(base, names, shapes)
+    targets = {}
+    for module, name in names.items():
+        stored, shape = base.tensors[name], shapes[module]
+        transposed = may_lie_transposed and stored.shape == shape[::-1]
+        if shape[0] == shape[1]:
+            transposed = turned
+        if stored.shape != shape and not transposed:
             raise AdapterMismatchError(
                 f"the adapter for {module!r} is for a weight of shape {shape}, and {name} in "
                 f"{base.path} has shape {stored.shape}.",
                 hint="Is this the base that the adapter was trained on?",
             )
-        if stored.dtype not in FLOATS:
+        if stored.dtype not in BY_SAFETENSORS:
             raise ConfigError(
                 f"{name} in {base.path} is stored as {stored.dtype}, and an update can be "
-                f"added to {', '.join(FLOATS)} only.",
+                f"added to {', '.join(BY_SAFETENSORS)} only.",
                 hint="Merge into the unquantized base.",
             )
         if _is_tied_head(base, stored):
@@ -140,40 +157,31 @@ def match_targets(base: BaseFolder, adapter: AdapterCheckpoint) -> dict[str, str
                 "input embeddings: transformers would load it without the merged weight.",
                 hint=_UNTIE,
             )
-    return fits[0]
+        targets[name] = Target(module, stored, transposed)
+    return targets
 
 
-def is_transposed(stored: Stored, adapter: AdapterCheckpoint, module: str) -> bool:
-    """Whether a weight lies as (in, out), as in transformers' Conv1D.
+def _square_ones_lie_transposed(
+    base: BaseFolder, names: Mapping[str, str], shapes: Mapping[str, tuple[int, int]]
+) -> bool:
+    """Whether square weights lie ``(in, out)``: as the others do, in a model that has Conv1D.
 
-    The adapter says whether it is for such layers; beside them it may be for ordinary ones, which
-    the shape tells apart unless it is square. In the models that have Conv1D, those are too.
+    An adapter may say ``fan_in_fan_out`` for layers that are none: PEFT ignores it there.
+
+    Raises:
+        ConfigError: all weights are square, and the family is not known.
     """
-    pair = adapter.tensors[module]
-    shape = (pair.lora_A.shape[1], pair.lora_B.shape[0])
-    return adapter.config.fan_in_fan_out and stored.shape == shape
-
-
-class _Rename:
-    """Module path -> tensor name, with one prefix taken away and another put there."""
-
-    def __init__(self, strip: str = "", add: str = "") -> None:
-        self.strip, self.add = strip, add
-
-    def __call__(self, module: str) -> str:
-        return self.add + module.removeprefix(self.strip) + ".weight"
-
-
-def _renamings(module: str, base: BaseFolder) -> list[_Rename]:
-    """As it is if that fits, else every prefix that makes the first module fit."""
-    weight = f"{module}.weight"
-    if weight in base.tensors:
-        return [_Rename()]
-    longer = [_Rename(add=n.removesuffix(weight)) for n in base.tensors if n.endswith(f".{weight}")]
-    shorter = [
-        _Rename(strip=weight.removesuffix(n)) for n in base.tensors if weight.endswith(f".{n}")
-    ]
-    return longer + shorter
+    if base.config.get("model_type") in _CONV1D:
+        return True
+    others = [m for m, (rows, columns) in shapes.items() if rows != columns]
+    if not others:
+        raise ConfigError(
+            f"the adapter says fan_in_fan_out, and every weight of it in {base.path} is square: "
+            "which way they lie cannot be seen.",
+            hint="If the layers are nn.Linear, set it to false in adapter_config.json; else merge "
+            "in memory with gauge_ext.merge().",
+        )
+    return any(base.tensors[names[module]].shape == shapes[module][::-1] for module in others)
 
 
 def _is_tied_head(base: BaseFolder, stored: Stored) -> bool:
@@ -229,34 +237,6 @@ def _shards(path: Path) -> list[Path]:
         if pickles
         else "Give a model folder as transformers saves it.",
     )
-
-
-def _read_header(path: Path, shard: Path) -> dict[str, Stored]:
-    file = path / shard
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(_MAX_HEADER, size - 8):
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if end != size:
-            raise ValueError(f"it should have {end} bytes and has {size}")
-        return {
-            name: Stored(
-                shard,
-                str(entry["dtype"]),
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
-        raise ConfigError(
-            f"{file} is not a whole safetensors file: {error}.", hint="Download the base again."
-        ) from error
 
 
 def _other_files(path: Path, shards: set[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from gauge_ext.errors import ConfigError, ExportError, NonFiniteError
-from gauge_ext.export.inputs import BoundInputs
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gauge_ext.export.inputs import BoundInputs
 
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
@@ -47,6 +49,9 @@ def require_exportable(model: nn.Module, inputs: BoundInputs) -> None:
         ExportError: a dtype that onnxruntime cannot compute with.
         NonFiniteError: a parameter holds NaN or infinity. Buffers may: causal masks hold -inf.
     """
+    import torch
+
+    tensors: list[tuple[str, torch.Tensor]]
     tensors = [*model.named_parameters(), *model.named_buffers()]
     tensors += zip(inputs.names, inputs.tensors, strict=True)
     bfloat = [name for name, tensor in tensors if tensor.dtype == torch.bfloat16]

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 from gauge_ext import checkpoint
@@ -100,7 +102,21 @@ def staged_folder(target: Path) -> Iterator[Path]:
     with checkpoint.staged_folder(target) as folder:
         yield folder
         for file in folder.rglob("*"):
-            _sync(file)
+            sync(file)
+
+
+def data_name(target: Path) -> str:
+    """What a model's file of weights is to be called.
+
+    ``model.onnx.data``, or if there is one, the first free of ``model.onnx.1.data`` and so on: two
+    files cannot be replaced at once, so a new model never takes the weights of the old one.
+    :func:`staged_files` removes the old ones when the new model is in place.
+
+    Args:
+        target: The model's file.
+    """
+    names = (f"{target.name}{'' if n == 0 else f'.{n}'}.data" for n in count())
+    return next(name for name in names if not os.path.lexists(target.parent / name))
 
 
 def require_space(target: Path, needed: int) -> None:
@@ -160,9 +176,10 @@ def _make_parents(folder: Path, made: list[Path]) -> None:
 def _move_into_place(folder: Path, target: Path) -> None:
     files = sorted(file for file in folder.iterdir() if file.name != target.name)
     files.append(folder / target.name)
-    for file in files:
-        _sync(file)
     mode = 0o666 & ~_umask()
+    for file in files:
+        file.chmod(mode)
+        sync(file)
     replaced: list[tuple[Path, Path | None]] = []
     try:
         for file in files[:-1]:
@@ -172,20 +189,25 @@ def _move_into_place(folder: Path, target: Path) -> None:
                 backup = folder / f"replaced.{file.name}"
                 place.rename(backup)
             replaced.append((place, backup))
-            file.chmod(mode)
             file.replace(place)
-        files[-1].chmod(mode)
-        files[-1].replace(target)
+        sync(target.parent)
+        files[-1].replace(target)  # from here on the new model is the one
     except OSError:
         for place, backup in reversed(replaced):
             place.unlink(missing_ok=True)
             if backup is not None:
                 backup.rename(place)
         raise
-    _sync(target.parent)
+    sync(target.parent)
+    ours = re.compile(rf"{re.escape(target.name)}(\.\d+)?\.data")
+    kept = {file.name for file in files}
+    for path in target.parent.iterdir():
+        if ours.fullmatch(path.name) and path.name not in kept:
+            path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until the disk has taken a file, or a folder's list of names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.checkpoint.format import LoRAPair
+from gauge_ext.checkpoint.hashing import HashedFactor, hash_factors
 from gauge_ext.models import adapter_config, adapters, attached_modules
 
 
@@ -46,12 +46,16 @@ def adapter_sha256(model: nn.Module) -> str:
 
 
 def _digest(scalings: Mapping[str, float], tensors: Mapping[str, LoRAPair]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name}\0{scalings[name].hex()}\0".encode())
-        for factor in tensors[name].tensors.values():
-            digest.update(f"{tuple(factor.shape)}\0".encode())
-            wide = factor.detach().to("cpu", torch.float64).contiguous()
-            # By address, since numpy, which torch needs for its own way, may be absent.
-            digest.update((ctypes.c_char * wide.nbytes).from_address(wide.data_ptr()))
-    return digest.hexdigest()
+    return hash_factors(
+        (name, scalings[name], map(_hashed, tensors[name].tensors.values()))
+        for name in sorted(tensors)
+    )
+
+
+def _hashed(factor: Tensor) -> HashedFactor:
+    wide = factor.detach().to("cpu", torch.float64).contiguous()
+    # By address, since numpy, which torch needs for its own way, may be absent. The tensor comes
+    # along so that its memory outlives the address.
+    buffer = (ctypes.c_char * wide.nbytes).from_address(wide.data_ptr())
+    buffer.owner = wide  # type: ignore[attr-defined]
+    return HashedFactor(tuple(factor.shape), buffer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,8 @@ from torch import Tensor
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.checkpoint.digest import adapter_digest
 from gauge_ext.checkpoint.fields import check_supported, from_peft
-from gauge_ext.checkpoint.format import (
-    CONFIG_NAME,
-    PICKLE_NAME,
-    WEIGHTS_NAME,
-    LoRAPair,
-    pair_up,
-)
+from gauge_ext.checkpoint.folder import read_config, require_adapter
+from gauge_ext.checkpoint.format import CONFIG_NAME, WEIGHTS_NAME, LoRAPair, pair_up
 from gauge_ext.errors import AdapterFormatError, NonFiniteError
 
 
@@ -57,8 +51,8 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterCheckpoint:
     """
     folder = Path(path)
     config_file, weights_file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    _require_adapter(folder)
-    raw = _read_config(config_file)
+    require_adapter(folder)
+    raw = read_config(config_file)
     # Before the weights: a refused field explains the keys that pair_up would refuse.
     check_supported(raw, str(config_file))
     tensors = pair_up(_read_weights(weights_file), str(weights_file))
@@ -74,49 +68,6 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterCheckpoint:
             if not bool(tensor.isfinite().all()):
                 raise NonFiniteError(f"{weights_file}: {factor} of {name!r} holds NaN or infinity.")
     return AdapterCheckpoint(config, tensors, folder, raw, adapter_digest(config, tensors))
-
-
-def _require_adapter(folder: Path) -> None:
-    """Refuse what is not a folder with an adapter's two files, and say what it may be instead."""
-    if not folder.exists():
-        raise AdapterFormatError(
-            f"{folder} does not exist.", hint="Give the folder that holds the adapter."
-        )
-    if not folder.is_dir():
-        raise AdapterFormatError(
-            f"{folder} is a file, and an adapter is a folder.",
-            hint=f"Give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}.",
-        )
-    if not (folder / CONFIG_NAME).is_file():
-        below = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_NAME}"))
-        raise AdapterFormatError(
-            f"{folder} holds no {CONFIG_NAME}, so it is no adapter.",
-            hint=f"There are adapters below it: {', '.join(below)}." if below else None,
-        )
-    if not (folder / WEIGHTS_NAME).is_file():
-        pickled = (folder / PICKLE_NAME).is_file()
-        raise AdapterFormatError(
-            f"{folder} holds no {WEIGHTS_NAME}" + (f", only {PICKLE_NAME}." if pickled else "."),
-            hint=(
-                f"{PICKLE_NAME} is a pickle, which can run code when it is opened. To turn it into "
-                f'a safe file: safetensors.torch.save_file(torch.load("{PICKLE_NAME}", '
-                f'weights_only=True), "{WEIGHTS_NAME}").'
-            )
-            if pickled
-            else None,
-        )
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterFormatError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise AdapterFormatError(f"{file} is not JSON: {error}.") from error
-    if not isinstance(raw, dict):
-        raise AdapterFormatError(f"{file} must hold a JSON object, got {type(raw).__name__}.")
-    return raw
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from gauge_ext.cli import (
     inspect,
     merge,
     onnx_adapter,
+    patch,
     regauge,
 )
 
@@ -59,6 +60,7 @@ for _command in (
     export.validate,
     onnx_adapter.onnx_adapter,
     merge.merge,
+    patch.patch,
     extract.extract,
     combine.combine,
     inspect.inspect,

@@ -11,7 +11,8 @@ from gauge_ext.cli import options
 from gauge_ext.cli.base import add_adapter, check_adapter, folder_of, load_base
 from gauge_ext.cli.console import note, print_json, stdout, working
 from gauge_ext.cli.problems import OptionError, blame, explains_errors, first_line
-from gauge_ext.errors import AdapterMismatchError, WriteError
+from gauge_ext.cli.weighted import parse_adapters
+from gauge_ext.errors import AdapterFormatError, AdapterMismatchError, WriteError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
     from gauge_ext.export import MergeReport
 
 # What to change when a merge fails; anything else is the base's.
-_OPTIONS = {AdapterMismatchError: "--adapter", WriteError: "--out"}
+_OPTIONS = {
+    AdapterMismatchError: "--adapter",
+    AdapterFormatError: "--adapter",
+    WriteError: "--out",
+}
 
 
 @explains_errors
@@ -34,27 +39,37 @@ def merge(
             show_default=False,
         ),
     ],
-    adapter: options.AdapterOption = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="DIR[=WEIGHT]",
+            help="The adapter's folder, in the PEFT format; needed unless BASE brings an adapter. "
+            "For a folder as BASE, give it several times to add several, each with the weight "
+            "after the last '=' (default 1).",
+            show_default=False,
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Merge an adapter into the weights of its base model.
 
-    The result is safetensors. A transformers folder is copied with its tokenizer and config, one
-    shard at a time, so that a large model needs little memory. From module:factory the merged state
-    dict is saved.
+    The result is safetensors. A transformers folder is copied with its tokenizer and config, a few
+    rows at a time, so that a large model needs little memory; interrupted, the same command goes on
+    where it was. From module:factory the merged state dict is saved.
     """
+    chosen = parse_adapters(adapters or [])
     with blame("BASE"):
         folder = folder_of(base)
-    check_adapter(adapter)
     if folder is None:
-        report = _merge_model(base, adapter, out)
-    elif adapter is None:
+        report = _merge_model(base, _only(chosen), out)
+    elif not chosen:
         raise OptionError("--adapter", "not given.", hint="Give the folder of a saved adapter.")
     else:
-        from gauge_ext.export import merge_checkpoint
+        from gauge_ext.export.merge import merge_checkpoint
 
         with working("merging") as progress, blame("BASE", _OPTIONS):
-            report = merge_checkpoint(folder, adapter, out, progress=progress)
+            report = merge_checkpoint(folder, chosen, out, progress=progress)
     if as_json:
         print_json(_to_dict(report))
     else:
@@ -68,6 +83,19 @@ def merge(
         )
     for file in report.skipped:
         note(f"left out: {file}, the base's weights in another format")
+
+
+def _only(chosen: list[tuple[str | Path, float]]) -> Path | None:
+    """The one adapter of a factory's model, taken whole."""
+    if len(chosen) > 1 or any(weight != 1.0 for _, weight in chosen):
+        raise OptionError(
+            "--adapter",
+            "several adapters, or weights, are for a folder as BASE.",
+            hint="Combine them first: gauge-ext combine.",
+        )
+    adapter = Path(chosen[0][0]) if chosen else None
+    check_adapter(adapter)
+    return adapter
 
 
 def _merge_model(spec: str, adapter: Path | None, out: Path) -> MergeReport:
@@ -118,5 +146,6 @@ def _to_dict(report: MergeReport) -> dict[str, Any]:
         "files": [str(file) for file in report.files],
         "bytes_written": report.bytes_written,
         "adapter_sha256": report.adapter_sha256,
+        "resumed": [str(file) for file in report.resumed],
         "skipped": [str(file) for file in report.skipped],
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import safetensors.torch
 import torch
 
 import gauge_ext
+from gauge_ext.checkpoint import LoRAPair, describe_pairs, write_adapter
 from gauge_ext.errors import AdapterMismatchError, ConfigError, NonFiniteError, WriteError
-from gauge_ext.export import merge, merge_checkpoint
+from gauge_ext.export import merge as merge_module
+from gauge_ext.export import merge_checkpoint, update
 from gauge_ext.export.merge import PROVENANCE_NAME
 
 transformers = pytest.importorskip("transformers")
@@ -101,7 +105,7 @@ def test_what_is_carried_and_what_is_not(base, adapter, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes_are_rounded_once(dtype, base, adapter, llama, tmp_path, monkeypatch):
     rewrite(base, lambda name, tensor: tensor.to(dtype))
-    monkeypatch.setattr(merge, "_BLOCK_BYTES", 5 * 4 * 16)  # blocks of a few rows, the last smaller
+    monkeypatch.setattr(update, "CHUNK", 5 * 4 * 16)  # blocks of a few rows, the last smaller
     merge_checkpoint(base, adapter, tmp_path / "out")
     model = llama.to(dtype)
     gauge_ext.load_adapter(model, adapter)
@@ -192,9 +196,7 @@ def test_numbers_that_are_none(bad, base, adapter, tmp_path, listing):
 def test_an_update_beyond_float16(base, adapter, tmp_path):
     rewrite(base, lambda name, t: torch.full_like(t, 65504.0).half())
     rewrite(adapter, lambda name, t: torch.full_like(t, 100.0))
-    with pytest.raises(
-        NonFiniteError, match=r"plus its update exceeds the range of torch\.float16"
-    ):
+    with pytest.raises(NonFiniteError, match=r"plus its update exceeds the range of float16"):
         merge_checkpoint(base, adapter, tmp_path / "out")
 
 
@@ -261,3 +263,129 @@ def test_a_disk_that_fills_up(base, adapter, tmp_path, listing, monkeypatch):
     with pytest.raises(WriteError, match="No space left on device"):
         merge_checkpoint(base, adapter, tmp_path / "deep" / "out")
     assert listing() == before
+
+
+def test_several_adapters_with_weights(base, adapter, llama, merge_by_hand, tmp_path):
+    merge_checkpoint(base, [(adapter, 0.5), (adapter, -1.5)], tmp_path / "out")
+    expected = merge_by_hand(llama, adapter, -2.0).state_dict()
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_merge_goes_on_where_it_was(
+    error, base, adapter, tmp_path, listing, monkeypatch
+):
+    whole = tensors_of_merge(base, adapter, tmp_path / "whole")
+    before = listing()
+    shards = sorted(base.glob("*.safetensors"))
+    original = merge_module._merge_shard
+    done: list[str] = []
+
+    def stop_at_the_third(source: Path, *rest: Any) -> None:
+        if len(done) == 2:
+            raise error
+        original(source, *rest)
+        done.append(source.name)
+
+    monkeypatch.setattr(merge_module, "_merge_shard", stop_at_the_third)
+    with pytest.raises(error):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(merge_module, "_merge_shard", original)
+    report = merge_checkpoint(base, adapter, tmp_path / "out")
+    assert sorted(map(str, report.resumed)) == sorted(done)
+    assert len(done) == 2 < len(shards)
+    after = tensors_of(tmp_path / "out")
+    assert all(torch.equal(after[name], tensor) for name, tensor in whole.items())
+    assert [name for name in listing() if not name.startswith("out")] == before
+
+
+def test_what_another_merge_left_is_not_used(base, adapter, tmp_path, monkeypatch):
+    original = merge_module._merge_shard
+
+    def stop(source: Path, *rest: Any) -> None:
+        original(source, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_module, "_merge_shard", stop)
+    for _ in range(2):  # the second goes on after the first, whose shard was not finished
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoint(base, adapter, tmp_path / "out")
+    monkeypatch.setattr(merge_module, "_merge_shard", original)
+    report = merge_checkpoint(base, {adapter: 0.25}, tmp_path / "out")
+    assert report.resumed == ()
+    single = tensors_of_merge_weighted(base, adapter, 0.25, tmp_path / "fresh")
+    assert all(torch.equal(t, single[n]) for n, t in tensors_of(tmp_path / "out").items())
+
+
+def tensors_of_merge_weighted(
+    base: Path, adapter: Path, weight: float, out: Path
+) -> dict[str, torch.Tensor]:
+    merge_checkpoint(base, {adapter: weight}, out)
+    return tensors_of(out)
+
+
+def test_two_at_once(base, adapter, tmp_path, monkeypatch):
+    original = merge_module._merge_shard
+
+    def again(*arguments: Any) -> None:
+        monkeypatch.setattr(merge_module, "_merge_shard", original)
+        with pytest.raises(WriteError, match="another process is writing it"):
+            merge_checkpoint(base, adapter, tmp_path / "out")
+        original(*arguments)
+
+    monkeypatch.setattr(merge_module, "_merge_shard", again)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt2", None])
+def test_weights_that_lie_transposed(family, base, adapter, llama, merge_by_hand, tmp_path):
+    """Conv1D's layout: down_proj shows it by its shape, q_proj is square."""
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fan_in_fan_out": True}))
+    rewrite(base, lambda name, t: t.T.contiguous() if "_proj" in name else t)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": family}))
+    expected = merge_by_hand(llama, adapter, 2.0).state_dict()
+    for name, tensor in tensors_of_merge(base, adapter, tmp_path / "out").items():
+        wanted = expected[name].T if "_proj" in name else expected[name]
+        torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_square_weights_that_may_lie_either_way(base, llama, make_peft_adapter, tmp_path):
+    adapter = make_peft_adapter(llama, name="q", r=2, target_modules=["q_proj"])
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fan_in_fan_out": True}))
+    with pytest.raises(ConfigError, match="every weight of it in .* is square"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+_MEASURED = """
+import resource, sys
+import numpy
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+from gauge_ext.export.merge import merge_checkpoint
+merge_checkpoint(*sys.argv[1:4])
+assert not {"torch", "onnx", "safetensors"} & set(sys.modules)
+print(peak() - before)
+"""
+
+
+def test_memory_stays_small(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    tensors = {f"layers.{i}.q.weight": torch.zeros(4096, 3072).bfloat16() for i in range(6)}
+    tensors["embed.weight"] = torch.zeros(20_000, 3072)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    pairs = {f"layers.{i}.q": LoRAPair(torch.ones(8, 3072), torch.ones(4096, 8)) for i in range(6)}
+    write_adapter(describe_pairs(pairs), pairs, tmp_path / "adapter")
+    del tensors
+    command = [sys.executable, "-c", _MEASURED, folder, tmp_path / "adapter", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "model.safetensors").stat().st_size > 300 * 2**20
+    assert float(done.stdout) < 64
+    assert tensors_of(tmp_path / "out")["layers.5.q.weight"].eq(8.0).all()
