@@ -18,7 +18,7 @@ LAYERS = (
     ("_version", "_lazy", "errors", "html"),
     ("_load",),
     ("ops",),
-    ("geometry",),
+    ("geometry", "optim"),
     ("adapters",),
     ("models",),
     ("checkpoint",),

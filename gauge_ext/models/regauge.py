@@ -18,6 +18,9 @@ from gauge_ext.models.attach import adapter_config, lora_layers
 # gradients like a gradient, averages of their squares entry by entry in a way of their own.
 _FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
 _SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+# What gauge_ext.optim keeps beside those: numbers of rows and columns of X, and what is held in
+# orthonormal frames of X. No gauge changes them.
+_INVARIANTS = frozenset({"row_sq", "column_sq", "frame", "frame_avg", "frame_sq"})
 
 
 @torch.no_grad()
@@ -115,11 +118,13 @@ def regauge_optimizer_state(
 
     which keeps them positive and is exact for permutations and scales of the r directions. So
     SGD with momentum has the exact state of the new gauge afterwards, and Adam an estimate that its
-    next 1 / (1 - beta2) steps replace. (Adam's own steps depend on the gauge in any case.)
+    next 1 / (1 - beta2) steps replace. (Adam's own steps depend on the gauge in any case.) The
+    optimizers of :mod:`gauge_ext.optim` go on exactly as if the gauge had not changed.
 
     Args:
         optimizer: One of torch's that keeps first and second moments (Adam, AdamW, NAdam, RAdam,
-            SGD with momentum). Parameters that are no adapter's are left alone.
+            SGD with momentum), or one of :mod:`gauge_ext.optim`. Parameters that are no adapter's
+            are left alone.
         model: The model, already in the new gauge.
         gauges: What :func:`regauge_model` returned. Layers without an entry did not change.
 
@@ -155,8 +160,8 @@ def _moved(
     for factor in ("lora_B", "lora_A"):
         state: Mapping[str, Any] = optimizer.state.get(getattr(layer, factor), {})
         for key, value in state.items():
-            if not isinstance(value, Tensor) or value.ndim == 0:
-                continue  # a count of steps
+            if not isinstance(value, Tensor) or value.ndim == 0 or key in _INVARIANTS:
+                continue  # a count of steps among them
             if key not in _FIRST_MOMENTS | _SECOND_MOMENTS:
                 raise AdapterStateError(
                     f"{type(optimizer).__name__} keeps {key!r} for {name}.{factor}, and there is "

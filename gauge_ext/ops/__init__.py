@@ -1,7 +1,19 @@
 """The ops: each has a compiled kernel, and the same formula in plain torch in ``reference``."""
 
-from gauge_ext.ops import reference
+from gauge_ext.ops import factor_reference, reference
+from gauge_ext.ops.factor_step import factor_gradient_norm, gauge_adam_step, scaled_gd_step
 from gauge_ext.ops.lora_linear import draw_seed, lora_linear
 from gauge_ext.ops.merge import MergeSums, merge_, merge_into
 
-__all__ = ["MergeSums", "draw_seed", "lora_linear", "merge_", "merge_into", "reference"]
+__all__ = [
+    "MergeSums",
+    "draw_seed",
+    "factor_gradient_norm",
+    "factor_reference",
+    "gauge_adam_step",
+    "lora_linear",
+    "merge_",
+    "merge_into",
+    "reference",
+    "scaled_gd_step",
+]

@@ -1,0 +1,123 @@
+#pragma once
+
+// Algebra of r x r matrices in float64, row-major without gaps, one at a time. Inner loops run
+// along rows, so that the compiler makes vector code of them.
+
+#include <cstdint>
+
+namespace gauge_ext {
+namespace {
+
+// A pivot below this part of its diagonal entry is lost in the rounding of a Gram matrix.
+constexpr double kPivotTolerance = 1e-14;
+
+inline double square_root(double x) {
+  return __builtin_sqrt(x);
+}
+inline float square_root(float x) {
+  return __builtin_sqrtf(x);
+}
+
+// Replaces the upper triangle of the symmetric S by R, S = Rᵀ R, and the rest by zeros. Pivots that
+// are too small are raised to the tolerance; returns whether there were none, NaN among them.
+inline bool cholesky_upper(double* s, int64_t r) {
+  bool full = true;
+  for (int64_t j = 0; j < r; ++j) {
+    double* row = s + j * r;
+    // The diagonal entry as it was: what was taken off is the sum of squares above it.
+    double taken = 0;
+    for (int64_t k = 0; k < j; ++k) {
+      taken += s[k * r + j] * s[k * r + j];
+    }
+    const double least = kPivotTolerance * (row[j] + taken);
+    if (!(row[j] > least)) {
+      full = false;
+      row[j] = least > 0 ? least : 1.0;
+    }
+    const double pivot = square_root(row[j]);
+    const double inverse = 1.0 / pivot;
+    row[j] = pivot;
+    for (int64_t k = j + 1; k < r; ++k) {
+      row[k] *= inverse;
+    }
+    for (int64_t i = j + 1; i < r; ++i) {
+      double* below = s + i * r;
+      const double factor = row[i];
+      for (int64_t k = i; k < r; ++k) {
+        below[k] -= factor * row[k];
+      }
+    }
+  }
+  for (int64_t i = 1; i < r; ++i) {
+    for (int64_t k = 0; k < i; ++k) {
+      s[i * r + k] = 0;
+    }
+  }
+  return full;
+}
+
+// E = R⁻¹ for an upper triangular R
+inline void invert_upper(const double* upper, int64_t r, double* e) {
+  for (int64_t i = r - 1; i >= 0; --i) {
+    double* row = e + i * r;
+    for (int64_t k = 0; k < r; ++k) {
+      row[k] = 0;
+    }
+    row[i] = 1;
+    for (int64_t k = i + 1; k < r; ++k) {
+      const double factor = upper[i * r + k];
+      const double* other = e + k * r;
+      for (int64_t c = k; c < r; ++c) {
+        row[c] -= factor * other[c];
+      }
+    }
+    const double inverse = 1.0 / upper[i * r + i];
+    for (int64_t c = i; c < r; ++c) {
+      row[c] *= inverse;
+    }
+  }
+}
+
+// P = E F for upper triangular E and F
+inline void multiply_upper(const double* e, const double* f, int64_t r, double* p) {
+  for (int64_t i = 0; i < r; ++i) {
+    double* row = p + i * r;
+    for (int64_t c = 0; c < r; ++c) {
+      row[c] = 0;
+    }
+    for (int64_t k = i; k < r; ++k) {
+      const double factor = e[i * r + k];
+      for (int64_t c = k; c < r; ++c) {
+        row[c] += factor * f[k * r + c];
+      }
+    }
+  }
+}
+
+// The upper triangle of S += weight · E Eᵀ for an upper triangular E
+inline void add_outer_upper(const double* e, int64_t r, double weight, double* s) {
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = i; j < r; ++j) {
+      double sum = 0;
+      for (int64_t k = j; k < r; ++k) {
+        sum += e[i * r + k] * e[j * r + k];
+      }
+      s[i * r + j] += weight * sum;
+    }
+  }
+}
+
+// The sum of the products of entries of two symmetric matrices given by their upper triangles
+inline double symmetric_dot(const double* s, const double* t, int64_t r) {
+  double sum = 0;
+  for (int64_t i = 0; i < r; ++i) {
+    sum += s[i * r + i] * t[i * r + i];
+    for (int64_t j = i + 1; j < r; ++j) {
+      sum += 2 * s[i * r + j] * t[i * r + j];
+    }
+  }
+  return sum;
+}
+
+}  // namespace
+}  // namespace gauge_ext

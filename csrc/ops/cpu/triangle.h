@@ -1,0 +1,214 @@
+#pragma once
+
+// Products of panels with r x r triangular matrices, and Gram matrices of panels, in register
+// tiles. E is (rank, stride) with zeros from column `rank` on; `stride` is a multiple of the vector
+// width.
+
+#include <cstdint>
+
+#include "ops/cpu/vec.h"
+
+namespace gauge_ext {
+namespace {
+
+enum class Triangle { kUpper, kLower };  // which half of E is not zero
+
+// 6 x 2 accumulators and their operands fit 16 registers.
+constexpr int kTriangleRows = 6;
+constexpr int kTriangleVectors = 2;
+
+template <typename acc_t>
+constexpr int64_t padded(int64_t count) {
+  return (count + kWidth<acc_t> - 1) / kWidth<acc_t> * kWidth<acc_t>;
+}
+
+// Y[i, c] = sum over k in [from, to) of X[i, k] E[k, c] for ROWS rows and VECTORS vectors of c
+template <int ROWS, int VECTORS, typename acc_t>
+void right_tile(const acc_t* x,
+                int64_t x_stride,
+                const acc_t* e,
+                int64_t stride,
+                int64_t from,
+                int64_t to,
+                acc_t* y) {
+  Vec<acc_t> sum[ROWS][VECTORS] = {};
+  for (int64_t k = from; k < to; ++k) {
+    Vec<acc_t> right[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) {
+      right[v] = load<acc_t>(e + k * stride + v * kWidth<acc_t>);
+    }
+    for (int i = 0; i < ROWS; ++i) {
+      const acc_t left = x[i * x_stride + k];
+      for (int v = 0; v < VECTORS; ++v) {
+        sum[i][v] += left * right[v];
+      }
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) {
+    for (int v = 0; v < VECTORS; ++v) {
+      store<acc_t>(y + i * stride + v * kWidth<acc_t>, sum[i][v]);
+    }
+  }
+}
+
+template <int VECTORS, typename acc_t>
+void right_strip(const acc_t* x,
+                 int64_t x_stride,
+                 int64_t rows,
+                 const acc_t* e,
+                 int64_t stride,
+                 int64_t from,
+                 int64_t to,
+                 acc_t* y) {
+  int64_t i = 0;
+  for (; i + kTriangleRows <= rows; i += kTriangleRows) {
+    right_tile<kTriangleRows, VECTORS>(x + i * x_stride, x_stride, e, stride, from, to,
+                                       y + i * stride);
+  }
+  for (; i < rows; ++i) {
+    right_tile<1, VECTORS>(x + i * x_stride, x_stride, e, stride, from, to, y + i * stride);
+  }
+}
+
+// Y = X E: X is (rows, rank), Y is (rows, stride)
+template <typename acc_t>
+void right_product(const acc_t* x,
+                   int64_t x_stride,
+                   int64_t rows,
+                   const acc_t* e,
+                   int64_t rank,
+                   int64_t stride,
+                   Triangle triangle,
+                   acc_t* y) {
+  constexpr int64_t kStep = kTriangleVectors * kWidth<acc_t>;
+  const bool upper = triangle == Triangle::kUpper;
+  int64_t c = 0;
+  for (; c + kStep <= stride; c += kStep) {
+    const int64_t end = c + kStep < rank ? c + kStep : rank;
+    right_strip<kTriangleVectors>(x, x_stride, rows, e + c, stride, upper ? 0 : c,
+                                  upper ? end : rank, y + c);
+  }
+  for (; c < stride; c += kWidth<acc_t>) {
+    right_strip<1>(x, x_stride, rows, e + c, stride, upper ? 0 : c, rank, y + c);
+  }
+}
+
+// Y[j, c] = sum over k in [from, to) of E[k, j] X[k, c] for ROWS rows j and two vectors of c
+template <int ROWS, typename acc_t>
+void left_tile(const acc_t* x,
+               int64_t width,
+               const acc_t* e,
+               int64_t stride,
+               int64_t from,
+               int64_t to,
+               acc_t* y) {
+  Vec<acc_t> sum[ROWS][kTriangleVectors] = {};
+  for (int64_t k = from; k < to; ++k) {
+    Vec<acc_t> right[kTriangleVectors];
+    for (int v = 0; v < kTriangleVectors; ++v) {
+      right[v] = load<acc_t>(x + k * width + v * kWidth<acc_t>);
+    }
+    for (int j = 0; j < ROWS; ++j) {
+      const acc_t left = e[k * stride + j];
+      for (int v = 0; v < kTriangleVectors; ++v) {
+        sum[j][v] += left * right[v];
+      }
+    }
+  }
+  for (int j = 0; j < ROWS; ++j) {
+    for (int v = 0; v < kTriangleVectors; ++v) {
+      store<acc_t>(y + j * width + v * kWidth<acc_t>, sum[j][v]);
+    }
+  }
+}
+
+template <int ROWS, typename acc_t>
+void left_strip(const acc_t* x,
+                int64_t width,
+                const acc_t* e,
+                int64_t stride,
+                int64_t from,
+                int64_t to,
+                acc_t* y) {
+  for (int64_t c = 0; c < width; c += kTriangleVectors * kWidth<acc_t>) {
+    left_tile<ROWS>(x + c, width, e, stride, from, to, y + c);
+  }
+}
+
+// Y = Eᵀ X: X and Y are (rank, width), width a multiple of two vectors
+template <typename acc_t>
+void left_product(const acc_t* x,
+                  int64_t width,
+                  const acc_t* e,
+                  int64_t rank,
+                  int64_t stride,
+                  Triangle triangle,
+                  acc_t* y) {
+  const bool upper = triangle == Triangle::kUpper;
+  int64_t j = 0;
+  for (; j + kTriangleRows <= rank; j += kTriangleRows) {
+    left_strip<kTriangleRows>(x, width, e + j, stride, upper ? 0 : j,
+                              upper ? j + kTriangleRows : rank, y + j * width);
+  }
+  for (; j + 2 <= rank; j += 2) {
+    left_strip<2>(x, width, e + j, stride, upper ? 0 : j, upper ? j + 2 : rank, y + j * width);
+  }
+  for (; j < rank; ++j) {
+    left_strip<1>(x, width, e + j, stride, upper ? 0 : j, upper ? j + 1 : rank, y + j * width);
+  }
+}
+
+// S[j, c] += sum_i X[i, j] X[i, c] for ROWS values of j and VECTORS vectors of c
+template <int ROWS, int VECTORS>
+void gram_tile(const double* x,
+               int64_t rows,
+               int64_t stride,
+               int64_t j,
+               int64_t c,
+               double* sum,
+               int64_t count) {
+  Vec<double> total[ROWS][VECTORS] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const double* row = x + i * stride;
+    Vec<double> right[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) {
+      right[v] = load<double>(row + c + v * kWidth<double>);
+    }
+    for (int a = 0; a < ROWS; ++a) {
+      for (int v = 0; v < VECTORS; ++v) {
+        total[a][v] += row[j + a] * right[v];
+      }
+    }
+  }
+  for (int a = 0; a < ROWS && j + a < count; ++a) {
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int lane = 0; lane < kWidth<double>; ++lane) {
+        const int64_t column = c + v * kWidth<double> + lane;
+        if (column < count) {
+          sum[(j + a) * count + column] += total[a][v][lane];
+        }
+      }
+    }
+  }
+}
+
+// The upper triangle of S += Xᵀ X: X is (rows, stride) with zeros from column `rank` on, S is
+// (rank, rank); stride is a multiple of four and of the vector width
+inline void add_gram(const double* x, int64_t rows, int64_t rank, int64_t stride, double* sum) {
+  constexpr int64_t kStep = kWidth<double>;
+  for (int64_t j = 0; j < rank; j += 4) {
+    int64_t c = j / kStep * kStep;
+    for (; c + 3 * kStep <= stride; c += 3 * kStep) {
+      gram_tile<4, 3>(x, rows, stride, j, c, sum, rank);
+    }
+    for (; c + 2 * kStep <= stride; c += 2 * kStep) {
+      gram_tile<4, 2>(x, rows, stride, j, c, sum, rank);
+    }
+    for (; c < stride; c += kStep) {
+      gram_tile<4, 1>(x, rows, stride, j, c, sum, rank);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace gauge_ext
