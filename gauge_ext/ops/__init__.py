@@ -1,7 +1,16 @@
 """The ops: each has a compiled kernel, and the same formula in plain torch in ``reference``."""
 
 from gauge_ext.ops import reference
+from gauge_ext.ops.lora_gather import lora_gather
 from gauge_ext.ops.lora_linear import draw_seed, lora_linear
 from gauge_ext.ops.merge import MergeSums, merge_, merge_into
 
-__all__ = ["MergeSums", "draw_seed", "lora_linear", "merge_", "merge_into", "reference"]
+__all__ = [
+    "MergeSums",
+    "draw_seed",
+    "lora_gather",
+    "lora_linear",
+    "merge_",
+    "merge_into",
+    "reference",
+]
