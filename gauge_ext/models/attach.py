@@ -17,6 +17,8 @@ from gauge_ext.models.targets import find_targets, nearest_hint
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _KEY = "_gauge_ext_attachment"
+# Where models.many keeps the configs of named adapters.
+ROSTER = "_gauge_ext_roster"
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ def record(model: nn.Module, done: Attachment) -> None:
 def forget(model: nn.Module) -> None:
     """Undo :func:`record` on the model and below it, and switch fused paths on again."""
     for module in model.modules():
+        vars(module).pop(ROSTER, None)
         if (done := vars(module).pop(_KEY, None)) is not None:
             fast_path.restore(module, done.switches)
 

@@ -2,6 +2,7 @@
 
 from gauge_ext.ops import factor_reference, reference
 from gauge_ext.ops.factor_step import factor_gradient_norm, gauge_adam_step, scaled_gd_step
+from gauge_ext.ops.lora_gather import lora_gather
 from gauge_ext.ops.lora_linear import draw_seed, lora_linear
 from gauge_ext.ops.merge import MergeSums, merge_, merge_into
 
@@ -11,6 +12,7 @@ __all__ = [
     "factor_gradient_norm",
     "factor_reference",
     "gauge_adam_step",
+    "lora_gather",
     "lora_linear",
     "merge_",
     "merge_into",

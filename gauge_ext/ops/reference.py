@@ -6,6 +6,8 @@ The formulas are written for reading. They draw the very same dropout masks as t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -118,6 +120,38 @@ def lora_linear(
         x = x * mask.to(x.dtype).reshape(x.shape)
     hidden = F.linear(x.to(lora_A.dtype), lora_A)
     return y + (scaling * F.linear(hidden, lora_B)).to(y.dtype)
+
+
+def lora_gather(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    index: Tensor,
+) -> Tensor:
+    """Return ``x_n Wᵀ + b + s_i·x_n A_iᵀ B_iᵀ``, i = index[n]; see :func:`ops.lora_gather`.
+
+    All adapters lie side by side, and each row keeps the columns of its own: no loop, nothing that
+    depends on what ``index`` holds, so that it can be exported.
+    """
+    y = F.linear(x, weight, bias)
+    if not lora_A:
+        return y
+    # No torch.tensor(): a constant made so cannot be exported.
+    wide, device = lora_A[0].dtype, x.device
+    owner = torch.cat([torch.full((a.shape[0],), i, device=device) for i, a in enumerate(lora_A)])
+    scale = torch.cat(
+        [
+            torch.full((a.shape[0],), s, dtype=wide, device=device)
+            for a, s in zip(lora_A, scaling, strict=True)
+        ]
+    )
+    index = index.to(x.device).reshape(index.shape + (1,) * (x.dim() - index.dim()))
+    own = torch.where(index == owner, scale, torch.zeros((), dtype=wide, device=device))
+    hidden = F.linear(x.to(wide), torch.cat(list(lora_A))) * own
+    return y + F.linear(hidden, torch.cat(list(lora_B), 1)).to(y.dtype)
 
 
 def rounding_bits(

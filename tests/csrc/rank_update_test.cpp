@@ -106,13 +106,17 @@ void check_update(int64_t rows, int64_t columns, int64_t rank, bool stochastic) 
         CHECK(std::memcmp(&out[at], &untouched[at], sizeof(scalar_t)) == 0);
         continue;
       }
-      double delta = 0;
+      double delta = 0, size_of_terms = std::abs(to_double(weight[at]));
       for (int64_t j = 0; j < rank; ++j) {
-        delta += double(left[i * rank + j]) * right[j * columns + c];
+        const double term = double(left[i * rank + j]) * right[j * columns + c];
+        delta += term;
+        size_of_terms += std::abs(term);
       }
       const double before = to_double(weight[at]), exact = before + delta;
       const double after = to_double(out[at]), step = unit<scalar_t>(exact);
-      const double narrow = std::is_same_v<acc_t, double> ? 1e-13 : 3e-6;
+      // The bound on the rounding errors of a sum of rank + 1 terms (Higham, 2002, section 4.2)
+      const double narrow =
+          double(rank + 1) * size_of_terms * std::numeric_limits<acc_t>::epsilon();
       CHECK_CLOSE(after, exact, (stochastic ? step : step / 2) + narrow);
       if (stochastic && step > 0) {
         // The upper neighbour just where the random bits say so; a hair's breadth is left open.
