@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
+from gauge_ext.adapters.conv import LoRAConv
+from gauge_ext.adapters.embedding import LoRAEmbedding
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.lora import LoRALinear
 from gauge_ext.adapters.spec import AdapterSpec
 from gauge_ext.adapters.transposed import LoRATransposed
 from gauge_ext.errors import TargetError
 
-VARIANTS: tuple[type[AdaptedLayer], ...] = (LoRALinear, LoRATransposed)
+VARIANTS: tuple[type[AdaptedLayer], ...] = (
+    LoRALinear,
+    LoRATransposed,
+    LoRAEmbedding,
+    LoRAConv,
+)
 
 
 def variant_for(module: nn.Module) -> type[AdaptedLayer] | None:

@@ -13,6 +13,7 @@ from torch import nn
 from gauge_ext.adapters import AdaptedLayer, variant_for
 from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, TargetError
+from gauge_ext.models import whole
 from gauge_ext.models.attach import attachment, detach, lora_layers, put_on, record, unwrap
 from gauge_ext.models.targets import blocker, nearest_hint
 
@@ -53,6 +54,7 @@ def load_adapter(model: ModelT, path: str | os.PathLike[str], *, trainable: bool
         put_on(inner, checkpoint.config, _layers_for(inner, checkpoint), {})
     try:
         _fill(checkpoint, lora_layers(inner), trainable=trainable)
+        _fill_whole(checkpoint, inner, trainable=trainable)
     except BaseException:
         if not present:
             detach(inner)
@@ -67,11 +69,48 @@ def _fill(
     for name, pair in checkpoint.tensors.items():
         layer = layers[name]
         parameters = layer.adapter_parameters()
+        if parameters.keys() != pair.tensors.keys():
+            raise AdapterMismatchError(
+                f"the adapter at {name!r} consists of {', '.join(parameters)}, and that in "
+                f"{checkpoint.path} of {', '.join(pair.tensors)}.",
+                hint="use_dora and lora_bias of the config say what there has to be.",
+            )
         for factor, tensor in pair.tensors.items():
             parameters[factor].copy_(tensor)
             parameters[factor].requires_grad_(trainable)
         layer.scaling = checkpoint.config.scaling_for(name)
         layer.dropout_p = checkpoint.config.dropout
+
+
+@torch.no_grad()
+def _fill_whole(checkpoint: AdapterCheckpoint, model: nn.Module, *, trainable: bool) -> None:
+    """Take over the parameters that were trained whole, and check those that were saved along."""
+    trained = attachment(model).whole
+    if lacking := [path for path in trained if path not in checkpoint.whole]:
+        raise AdapterMismatchError(
+            f"{checkpoint.path} lacks {len(lacking)} parameters that its config says were trained "
+            f"whole (modules_to_save, bias): {_some(lacking)}."
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path, value in checkpoint.whole.items():
+        here = parameters.get(path)
+        if here is None or here.shape != value.shape:
+            shape = "none of that name" if here is None else f"one of shape {tuple(here.shape)}"
+            raise AdapterMismatchError(
+                f"{checkpoint.path} holds the parameter {path!r} of shape {tuple(value.shape)}, "
+                f"and this {type(model).__name__} has {shape}.",
+                hint="If the vocabulary was resized for training, resize the model's first.",
+            )
+        if path in trained:
+            here.copy_(value)
+            here.requires_grad_(trainable)
+        elif not torch.equal(here, value.to(here.device, here.dtype)):
+            # A base that was changed before training, such as an embedding with new tokens.
+            own = whole.replace(model, [path])
+            model.get_parameter(path).copy_(value)
+            model.get_parameter(path).requires_grad_(False)
+            done = attachment(model)
+            record(model, dataclasses.replace(done, whole={**done.whole, **own}))
 
 
 def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn.Module]:
@@ -114,7 +153,8 @@ def _require_shapes(checkpoint: AdapterCheckpoint, layers: Mapping[str, nn.Modul
         if variant is None:
             continue  # blocker() has refused it
         theirs = {factor: tuple(tensor.shape) for factor, tensor in pair.tensors.items()}
-        ours = dict(zip(("lora_A", "lora_B"), variant.factor_shapes(layer, pair.rank), strict=True))
+        theirs = {name: theirs[name] for name in ("lora_A", "lora_B")}
+        ours = dict(zip(theirs, variant.factor_shapes(layer, pair.rank), strict=True))
         if pair.kind != variant.kind or theirs != ours:
             weight = tuple(getattr(layer, variant.weight_name).shape)
             raise AdapterMismatchError(

@@ -8,25 +8,47 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 from torch import nn
 
 from gauge_ext._version import __version__
-from gauge_ext.adapters import Adapter, LoRAConfig, WrappedAdapter, patterns, variant_for
+from gauge_ext.adapters import (
+    AdaptedLayer,
+    Adapter,
+    LoRAConfig,
+    WrappedAdapter,
+    patterns,
+    variant_for,
+)
 from gauge_ext.adapters.transposed import LoRATransposed
 from gauge_ext.checkpoint.assembly import describe_pairs
 from gauge_ext.checkpoint.fields import to_peft
-from gauge_ext.checkpoint.format import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, LoRAPair, keys_of
+from gauge_ext.checkpoint.format import (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    LoRAPair,
+    keys_of,
+    whole_key,
+)
 from gauge_ext.checkpoint.staging import staged_folder, write_bytes
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError, NonFiniteError
-from gauge_ext.models import adapter_config, adapters, lora_layers
+from gauge_ext.models import adapter_config, adapters, lora_layers, whole_parameters
 from gauge_ext.models.attach import unwrap
 
+# Names of the modules whose base weight PEFT saves along where they are adapted.
+_EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> Path:
     """Write the adapters of ``model`` to a folder in PEFT's format.
 
     The folder gets ``adapter_config.json``, ``adapter_model.safetensors`` and, unless it has one,
@@ -35,6 +57,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     Args:
         model: A model with adapters, merged or not.
         path: The folder; it is made if need be.
+        save_embedding_layers: Whether the base's table goes along with the adapter of an input or
+            output embedding. "auto" is PEFT's rule: where ``target_modules`` names ``embed_tokens``
+            or ``lm_head``.
 
     Returns:
         The folder.
@@ -69,11 +94,37 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             "base_model_class": kind.__name__,
             "parent_library": kind.__module__,
         }
-    return _write(written, pairs, path)
+    whole: dict[str, torch.Tensor] = dict(whole_parameters(inner))
+    for name, tensor in whole.items():
+        if not bool(tensor.isfinite().all()):
+            raise NonFiniteError(f"{name} holds NaN or infinity.", hint="Nothing was saved.")
+    if save_embedding_layers == "auto":
+        named = config.target_modules
+        save_embedding_layers = not isinstance(named, str) and bool({*named} & _EMBEDDINGS)
+    if save_embedding_layers:
+        whole |= _embeddings(inner, layers)
+    return _write(written, pairs, path, whole)
+
+
+def _embeddings(model: nn.Module, layers: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:
+    """The base's own tables of the input and output embeddings that are adapted."""
+    tables = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        if callable(get := getattr(model, getter, None)):
+            tables.append(get())
+    return {
+        f"{name}.weight": layer.kept_parameters.get("weight", layer.base_weight)
+        for name, layer in layers.items()
+        if isinstance(layer, AdaptedLayer) and any(layer is table for table in tables)
+    }
 
 
 def write_adapter(
-    config: LoRAConfig, tensors: Mapping[str, LoRAPair], path: str | os.PathLike[str]
+    config: LoRAConfig,
+    tensors: Mapping[str, LoRAPair],
+    path: str | os.PathLike[str],
+    *,
+    whole: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write an adapter that is on no model to a folder in PEFT's format, as :func:`save_adapter`.
 
@@ -82,6 +133,7 @@ def write_adapter(
             :func:`~gauge_ext.checkpoint.describe_pairs` for one made to measure.
         tensors: Path of the module -> its two factors.
         path: The folder; it is made if need be.
+        whole: Path of a parameter that was trained whole -> its value.
 
     Returns:
         The folder.
@@ -100,17 +152,22 @@ def write_adapter(
                 hint="Say so in rank_pattern.",
             )
         _require_finite(name, pair)
-    return _write(to_peft(config), tensors, path)
+    return _write(to_peft(config), tensors, path, whole or {})
 
 
 def _write(
-    written: dict[str, Any], pairs: Mapping[str, LoRAPair], path: str | os.PathLike[str]
+    written: dict[str, Any],
+    pairs: Mapping[str, LoRAPair],
+    path: str | os.PathLike[str],
+    whole: Mapping[str, torch.Tensor],
 ) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     for name, pair in pairs.items():
         for key, factor in keys_of(name, pair).items():
             # A copy, since safetensors refuses factors that share their storage.
             tensors[key] = factor.detach().to("cpu", copy=True).contiguous()
+    for name, value in whole.items():
+        tensors[whole_key(name, pairs)] = value.detach().to("cpu", copy=True).contiguous()
     try:
         text = json.dumps(written, indent=2, sort_keys=True)
     except (TypeError, ValueError) as error:

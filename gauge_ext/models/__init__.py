@@ -18,6 +18,7 @@ from gauge_ext.models.attach import (
     detach,
     lora_layers,
     named_adapter_parameters,
+    whole_parameters,
 )
 from gauge_ext.models.merge import is_merged, merge, merged_copy, unmerge
 from gauge_ext.models.regauge import regauge_model, regauge_optimizer_state
@@ -42,4 +43,5 @@ __all__ = [
     "regauge_model",
     "regauge_optimizer_state",
     "unmerge",
+    "whole_parameters",
 ]
