@@ -134,7 +134,7 @@ def base_sha256(model: nn.Module) -> str | None:
             name = prefix + inner.removeprefix(_WRAPPED_BASE)
         path, _, last = name.rpartition(".")
         layer = layers.get(path)
-        if layer is not None and last in layer.adapter_parameters():
+        if layer is not None and last in layer.own_names():
             continue
         if key in own:
             tensors[name] = own[key]

@@ -1,4 +1,4 @@
-"""The forward of linear layers with more than the two factors: a bias of the branch, DoRA."""
+"""The forward of linear layers with more than two factors: a start, a bias of the branch, DoRA."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ def linear(layer: AdaptedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) 
     if layer.branch_bias is not None:
         shift = layer.scaling * layer.branch_bias
         inner = (shift if inner is None else inner + shift).to(x.dtype)
+    lora_A, lora_B = layer.factors()
     y = ops.lora_linear(
         x,
         weight,
         inner,
-        layer.lora_A,
-        layer.lora_B,
+        lora_A,
+        lora_B,
         layer.scaling,
         layer.dropout_p if drop else 0.0,
         ops.draw_seed() if drop else None,

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gauge_ext.adapters import patterns
-from gauge_ext.adapters.spec import AdapterSpec, Init
+from gauge_ext.adapters.spec import INITS, AdapterSpec, Init, is_init
 from gauge_ext.errors import ConfigError
 
 if TYPE_CHECKING:  # an adapter is read, and merged into a file, without torch
     import torch
+
+    from gauge_ext.adapters.protocol import Kind
 
 ALL_LINEAR = "all-linear"
 
@@ -51,8 +53,11 @@ class LoRAConfig:
         layers_to_transform: Index or indices of the layers that get an adapter; None for all. Only
             with a list of names.
         layers_pattern: Name or names of the list that holds those layers, such as ``layers``.
-        init: "kaiming": A uniform in ±1/sqrt(in). "gaussian": A normal with deviation 1/rank. B is
-            zero in both, so that a fresh adapter changes nothing.
+        init: How the factors start; a fresh adapter changes nothing with any of them. "kaiming": A
+            uniform in ±1/sqrt(in), B zero. "gaussian": A normal with deviation 1/rank, B zero.
+            "orthogonal", "pissa", "pissa_niter_4" (randomized), "olora": see
+            :func:`gauge_ext.adapters.inits.start`. Starts that need data are functions of
+            :mod:`gauge_ext.models.starting`.
         adapter_dtype: Dtype of A and B. None: float32 on half-precision bases, else the base's own.
         task_type: PEFT's name of the task, such as "CAUSAL_LM"; "SEQ_CLS" keeps the classifier's
             head out of "all-linear".
@@ -115,9 +120,11 @@ class LoRAConfig:
                 hint='PEFT refuses it too; bias="lora_only" trains the bias of the base instead.',
             )
         self._check_layers(keep)
-        for name, choices in (("init", get_args(Init)), ("bias", get_args(Bias))):
-            if getattr(self, name) not in choices:
-                raise _wrong(name, " or ".join(map(repr, choices)), getattr(self, name))
+        if not is_init(self.init):
+            choices = (*INITS, "pissa_niter_4 (or another number)")
+            raise _wrong("init", " or ".join(choices), self.init)
+        if self.bias not in get_args(Bias):
+            raise _wrong("bias", " or ".join(map(repr, get_args(Bias))), self.bias)
         if isinstance(self.modules_to_save, str):
             raise _wrong("modules_to_save", "a list of names or None", self.modules_to_save)
         keep("modules_to_save", _selector("modules_to_save", self.modules_to_save))
@@ -176,6 +183,14 @@ class LoRAConfig:
     def is_all_linear(self) -> bool:
         """Whether the targets are every ``nn.Linear`` but the output embeddings."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    @staticmethod
+    def name_for(path: str, kind: Kind) -> str:
+        """Return the path by which patterns mean the adapter at ``path``.
+
+        The output projection of an attention goes by the attention's own.
+        """
+        return path.rpartition(".")[0] if kind == "out_proj" else path
 
     def rank_for(self, name: str) -> int:
         """Return the rank of the adapter on the module at path ``name``."""

@@ -63,7 +63,7 @@ class LoRAConv(AdaptedLayer):
             return f"its {groups} groups need a rank that is a multiple of that, got {spec.rank}"
         if groups > 1 and spec.use_dora:
             return "DoRA has no meaning for a grouped convolution, whose update is not grouped"
-        return None
+        return super().reason_against_spec(module, spec)
 
     def product(self, lora_B: Tensor, lora_A: Tensor) -> Tensor:
         """Return ``B A``, ``(out, in, *kernel)``."""

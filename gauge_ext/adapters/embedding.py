@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.protocol import Kind
-from gauge_ext.adapters.spec import AdapterSpec, Init
+from gauge_ext.adapters.spec import AdapterSpec
 
 
 class LoRAEmbedding(AdaptedLayer, nn.Embedding):
@@ -47,9 +47,11 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
     @classmethod
     def reason_against_spec(cls, module: nn.Module, spec: AdapterSpec) -> str | None:
         """Say why the adapter cannot be as ``spec`` says, or return None where it can."""
-        return "an embedding has no bias (lora_bias)" if spec.lora_bias else None
+        if spec.lora_bias:
+            return "an embedding has no bias (lora_bias)"
+        return super().reason_against_spec(module, spec)
 
-    def start_factors(self, lora_A: Tensor, lora_B: Tensor, init: Init) -> None:
+    def start_factors(self, lora_A: Tensor, lora_B: Tensor, spec: AdapterSpec) -> None:
         """Fill A with zeros and B with draws of N(0, 1)."""
         nn.init.zeros_(lora_A)
         nn.init.normal_(lora_B)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from gauge_ext.adapters import dora
+from gauge_ext.adapters import dora, inits
 from gauge_ext.adapters.dtypes import FLOAT_DTYPES
 from gauge_ext.adapters.merging import accumulation_dtype, adapter_dtype, add_update
 from gauge_ext.adapters.protocol import Kind
-from gauge_ext.adapters.spec import AdapterSpec, Init
+from gauge_ext.adapters.spec import AdapterSpec
 from gauge_ext.errors import AdapterStateError, TargetError
 
-_ATTRIBUTES = ("scaling", "dropout_p", "merged", "is_plain", "_kept", "_factor_names")
+_ATTRIBUTES = (
+    *("scaling", "dropout_p", "merged", "is_plain"),
+    *("_kept", "_factor_names", "_start_names"),
+)
 
 
 class AdaptedLayer(nn.Module):
@@ -36,6 +38,7 @@ class AdaptedLayer(nn.Module):
         kind: See :class:`~gauge_ext.adapters.protocol.Adapter`.
         is_linear: Whether "all-linear" means it.
         output_axis: The axis of the weight that runs over the outputs.
+        companions: Paths of layers inside it that are adapted along with it.
         base_class: The class that the layer had before and will have again.
         scaling: s, applied to the product of the factors.
         dropout_p: The probability with which training drops an input of the branch.
@@ -49,10 +52,13 @@ class AdaptedLayer(nn.Module):
     kind: ClassVar[Kind] = "linear"
     is_linear: ClassVar[bool] = False
     output_axis: ClassVar[int] = 0
+    companions: ClassVar[tuple[str, ...]] = ()
     base_class: ClassVar[type[nn.Module]]
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_A0: nn.Parameter
+    lora_B0: nn.Parameter
     lora_magnitude: nn.Parameter
     lora_bias: nn.Parameter
     scaling: float
@@ -60,6 +66,7 @@ class AdaptedLayer(nn.Module):
     merged: bool
     is_plain: bool
     _factor_names: tuple[str, ...]
+    _start_names: tuple[str, ...]
     # The base's own Parameters while merged, if they were kept, by name; None where it had none.
     _kept: dict[str, nn.Parameter | None]
 
@@ -82,7 +89,7 @@ class AdaptedLayer(nn.Module):
         try:
             layer._add_adapter(spec)
         except BaseException:
-            for name in ("lora_A", "lora_B", "lora_magnitude", "lora_bias"):
+            for name in [name for name in module._parameters if name.startswith("lora_")]:
                 module._parameters.pop(name, None)
             module.__class__ = before
             raise
@@ -115,6 +122,8 @@ class AdaptedLayer(nn.Module):
     @classmethod
     def reason_against_spec(cls, module: nn.Module, spec: AdapterSpec) -> str | None:
         """Say why the adapter cannot be as ``spec`` says, or return None where it can."""
+        if not cls.is_linear and spec.init not in ("kaiming", "gaussian"):
+            return f"init {spec.init!r} is for linear layers, and it is none"
         return None
 
     @classmethod
@@ -132,7 +141,7 @@ class AdaptedLayer(nn.Module):
         shape_A, shape_B = self.factor_shapes(self, spec.rank)
         a = torch.empty(shape_A, dtype=dtype, device=weight.device)
         b = torch.empty(shape_B, dtype=dtype, device=weight.device)
-        self.start_factors(a, b, spec.init)
+        self.start_factors(a, b, spec)
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(b)
         self.scaling = float(spec.scaling)
@@ -140,6 +149,9 @@ class AdaptedLayer(nn.Module):
         self.merged = False
         self._kept = {}
         self._factor_names = ("lora_A", "lora_B")
+        self._start_names = ()
+        if inits.starts_nonzero(spec.init):
+            self._keep_start()
         if spec.use_dora:
             norms = dora.row_norms(*self.matrices(), self.scaling)
             magnitude = norms.to(dtype).reshape(self.magnitude_shape())
@@ -149,17 +161,41 @@ class AdaptedLayer(nn.Module):
             outputs = weight.shape[self.output_axis]
             self.lora_bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=weight.device))
             self._factor_names += ("lora_bias",)
-        self.is_plain = len(self._factor_names) == 2
+        self.is_plain = len(self._factor_names) == 2 and not self._start_names
 
-    def start_factors(self, lora_A: Tensor, lora_B: Tensor, init: Init) -> None:
-        """Fill fresh factors such that their product is zero."""
-        if init == "gaussian":
-            nn.init.normal_(lora_A, std=1.0 / lora_A.shape[0])
-        else:
-            fan_in = lora_A[0].numel()
-            bound = 1.0 / math.sqrt(fan_in) if fan_in else 0.0
-            nn.init.uniform_(lora_A, -bound, bound)
-        nn.init.zeros_(lora_B)
+    def _keep_start(self) -> None:
+        """Make the factors of now the constant start, from which the update counts."""
+        self.lora_A0 = nn.Parameter(self.lora_A.detach().clone(), requires_grad=False)
+        self.lora_B0 = nn.Parameter(self.lora_B.detach().clone(), requires_grad=False)
+        self._start_names = ("lora_A0", "lora_B0")
+
+    @torch.no_grad()
+    def start_at(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Start a linear layer's factors at values whose product then counts as zero.
+
+        Args:
+            lora_A: ``(r, in)``.
+            lora_B: ``(out, r)``.
+        """
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+        self._keep_start()
+        self.is_plain = False
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B of the update ``s B A``: with a start, ``[A; A0]`` and ``[B, -B0]``."""
+        if not self._start_names:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.lora_A0]), torch.cat([self.lora_B, -self.lora_B0], 1)
+
+    def start_factors(self, lora_A: Tensor, lora_B: Tensor, spec: AdapterSpec) -> None:
+        """Fill fresh factors; where the layer is not linear, such that their product is zero."""
+        inits.start(lora_A, lora_B, spec.init, self._start_weight(), spec.scaling)
+
+    def _start_weight(self) -> Tensor:
+        """The weight as ``(out, in)``, for starts that depend on it."""
+        weight = self.base_weight
+        return weight.mT if self.output_axis and weight.dim() == 2 else weight
 
     @property
     def base_weight(self) -> Tensor:
@@ -172,7 +208,7 @@ class AdaptedLayer(nn.Module):
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the weight ``(out, in)``, A ``(r, in)`` and B ``(out, r)``."""
-        return self.base_weight, self.lora_A, self.lora_B
+        return self.base_weight, *self.factors()
 
     def mergeable_weight(self) -> Tensor:
         """Return the weight in the layout of :meth:`delta_weight`."""
@@ -202,8 +238,16 @@ class AdaptedLayer(nn.Module):
         return {name: getattr(self, name) for name in self._factor_names}
 
     def adapter_tensors(self) -> Mapping[str, Tensor]:
-        """Return what is saved of the layer, by the names of the :class:`Adapter` protocol."""
-        return self.adapter_parameters()
+        """Return what is saved of the layer, by the names of the :class:`Adapter` protocol.
+
+        An update that counts from a start is saved as one of twice the rank.
+        """
+        lora_A, lora_B = self.factors()
+        return {**self.adapter_parameters(), "lora_A": lora_A, "lora_B": lora_B}
+
+    def own_names(self) -> tuple[str, ...]:
+        """Return the names of all parameters that are the adapter's, trained or constant."""
+        return self._factor_names + self._start_names
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -212,7 +256,7 @@ class AdaptedLayer(nn.Module):
         It is accumulated in float32, or in float64 where the base or a factor is float64, and has
         that dtype.
         """
-        a, b = self.lora_A, self.lora_B
+        a, b = self.factors()
         dtype = accumulation_dtype(a.dtype, b.dtype, self.base_weight.dtype)
         return self.product(b.to(dtype), a.to(dtype)).mul_(self.scaling)
 
@@ -314,7 +358,7 @@ class AdaptedLayer(nn.Module):
 
     def to_base(self) -> nn.Module:
         """Drop the adapter and be a plain layer again, with the weight of the moment."""
-        for name in (*self._factor_names, *_ATTRIBUTES):
+        for name in (*self.own_names(), *_ATTRIBUTES):
             delattr(self, name)
         base = cast("nn.Module", self)
         base.__class__ = type(self).base_class

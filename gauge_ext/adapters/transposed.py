@@ -48,7 +48,7 @@ class LoRATransposed(AdaptedLayer):
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the weight transposed, ``(out, in)``, A and B."""
-        return self.weight.mT, self.lora_A, self.lora_B
+        return self.weight.mT, *self.factors()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted layer's output.

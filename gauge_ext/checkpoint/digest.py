@@ -26,7 +26,9 @@ def adapter_digest(
     whether it is stored in bfloat16 or widened to float32 for training. Notes in the config (task,
     base, dropout) are not part of it.
     """
-    scalings = {name: config.scaling_for(name) for name in tensors}
+    scalings = {
+        name: config.scaling_for(config.name_for(name, pair.kind)) for name, pair in tensors.items()
+    }
     return _digest(scalings, tensors, whole or {})
 
 

@@ -183,9 +183,10 @@ def from_peft(raw: Mapping[str, Any], where: str, modules: list[str]) -> LoRACon
         if values.get(name) in ([], ""):
             del values[name]
     values.setdefault("target_modules", modules)
-    init: Init = "gaussian" if raw.get("init_lora_weights") == "gaussian" else "kaiming"
+    started = raw.get("init_lora_weights")
+    init: Init = started if started in ("gaussian", "orthogonal") else "kaiming"
     dropped = {*OWN, *REFUSED, "runtime_config", "peft_version"}
-    if raw.get("init_lora_weights") in (True, "gaussian"):
+    if started in (True, "gaussian", "orthogonal"):
         dropped.add("init_lora_weights")
     extra = {name: value for name, value in raw.items() if name not in dropped}
     try:
@@ -206,7 +207,9 @@ def to_peft(config: LoRAConfig) -> dict[str, Any]:
     """
     written = {name: _plain(getattr(config, ours)) for name, ours in OWN.items()}
     written |= {"lora_dropout": config.dropout, "inference_mode": True}
-    init = {"init_lora_weights": "gaussian"} if config.init == "gaussian" else {}
+    # Starts that took from the base are converted on the way out, so no file speaks of them.
+    plain = config.init in ("gaussian", "orthogonal")
+    init = {"init_lora_weights": config.init} if plain else {}
     raw = {**DEFAULTS, **init, **config.extra, **written}
     check_supported(raw, "the adapter's config (extra)")
     return raw

@@ -30,7 +30,10 @@ _COMMON = {"lora_magnitude": ".lora_magnitude_vector", "lora_bias": ".lora_B.bia
 SUFFIXES: dict[Kind, dict[str, str]] = {
     "linear": {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", **_COMMON},
     "embedding": {"lora_A": ".lora_embedding_A", "lora_B": ".lora_embedding_B", **_COMMON},
+    "out_proj": {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"},
 }
+# PEFT wraps nn.MultiheadAttention, and its output projection again inside the wrapper.
+_OUT_PROJ = ".base_layer.out_proj"
 # As PEFT up to 0.12 wrote it.
 _OLD_MAGNITUDE = ".lora_magnitude_vector.weight"
 # A parameter of the base below PEFT's wrapper, such as a bias that was trained.
@@ -42,7 +45,7 @@ _FOREIGN = (
     (".lora_diag", "the diagonal of KaSA (kasa_config)"),
     (".lora_E", "an AdaLoRA factor"),
     (".trainable_tokens_", "trained tokens (trainable_token_indices)"),
-    (".base_layer.", "a layer inside nn.MultiheadAttention"),
+    (".base_layer.", "an adapter inside another one"),
     (".lora_", "a part of an adapter that is no tensor of LoRA's"),
 )
 
@@ -94,6 +97,8 @@ class LoRAPair:
 def keys_of(module: str, pair: LoRAPair) -> dict[str, Tensor]:
     """Return the tensors of the module at path ``module`` under their keys."""
     suffixes = SUFFIXES[pair.kind]
+    if pair.kind == "out_proj":
+        module = f"{module.removesuffix('.out_proj')}{_OUT_PROJ}"
     return {f"{PREFIX}{module}{suffixes[name]}": tensor for name, tensor in pair.tensors.items()}
 
 
@@ -107,6 +112,8 @@ def module_of(key: str) -> tuple[str, Kind, str] | None:
         for name, suffix in suffixes.items():
             if key.endswith(suffix):
                 path = _bare(key.removesuffix(suffix))
+                if path.endswith(_OUT_PROJ):
+                    path, kind = f"{path.removesuffix(_OUT_PROJ)}.out_proj", "out_proj"
                 # A module inside PEFT's own wrapper has no path in the bare model.
                 return (path, kind, name) if path and ".base_layer" not in f".{path}" else None
     return None

@@ -20,7 +20,13 @@ from gauge_ext.models.targets import blocker, nearest_hint
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def load_adapter(model: ModelT, path: str | os.PathLike[str], *, trainable: bool = True) -> ModelT:
+def load_adapter(
+    model: ModelT,
+    path: str | os.PathLike[str],
+    *,
+    trainable: bool = True,
+    allow_pickle: bool = False,
+) -> ModelT:
     """Put the adapter in a folder onto ``model``, in place; on a failure nothing is changed.
 
     A bare model gets adapters on exactly the layers that the file names; everything else is frozen.
@@ -30,6 +36,7 @@ def load_adapter(model: ModelT, path: str | os.PathLike[str], *, trainable: bool
         model: The base that the adapter was made for, bare or with such adapters.
         path: The adapter's folder in PEFT's format.
         trainable: Whether the adapters require gradients.
+        allow_pickle: See :func:`~gauge_ext.checkpoint.read_adapter`.
 
     Returns:
         ``model``.
@@ -42,7 +49,7 @@ def load_adapter(model: ModelT, path: str | os.PathLike[str], *, trainable: bool
         TargetError: A layer that it names cannot carry an adapter.
         AdapterStateError: The model's adapters are merged.
     """
-    checkpoint = read_adapter(path)
+    checkpoint = read_adapter(path, allow_pickle=allow_pickle)
     inner = unwrap(model)
     if present := lora_layers(inner):
         _require_same(inner, checkpoint, present)
@@ -78,7 +85,8 @@ def _fill(
         for factor, tensor in pair.tensors.items():
             parameters[factor].copy_(tensor)
             parameters[factor].requires_grad_(trainable)
-        layer.scaling = checkpoint.config.scaling_for(name)
+        named = checkpoint.config.name_for(name, pair.kind)
+        layer.scaling = checkpoint.config.scaling_for(named)
         layer.dropout_p = checkpoint.config.dropout
 
 
@@ -121,7 +129,13 @@ def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn
     layers: dict[str, nn.Module] = {}
     for name in checkpoint.tensors:
         module = modules[name]
-        if reason := blocker(model, name, module):
+        inside = checkpoint.tensors[name].kind == "out_proj"
+        if inside and checkpoint.config.name_for(name, "out_proj") not in checkpoint.tensors:
+            raise AdapterMismatchError(
+                f"{checkpoint.path} has an adapter for {name!r} and none for the attention that "
+                "it is a part of."
+            )
+        if not inside and (reason := blocker(model, name, module)):
             raise TargetError(
                 f"{checkpoint.path} has an adapter for {name!r}, which cannot carry one: {reason}."
             )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.checkpoint.digest import adapter_digest
 from gauge_ext.checkpoint.fields import check_supported, from_peft
 from gauge_ext.checkpoint.folder import read_config, require_adapter
-from gauge_ext.checkpoint.format import CONFIG_NAME, WEIGHTS_NAME, LoRAPair, sort_out
+from gauge_ext.checkpoint.format import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, LoRAPair, sort_out
 from gauge_ext.errors import AdapterFormatError, ConfigError, NonFiniteError
 
 
@@ -67,11 +69,13 @@ class AdapterCheckpoint:
             )
 
 
-def read_adapter(path: str | os.PathLike[str]) -> AdapterCheckpoint:
+def read_adapter(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> AdapterCheckpoint:
     """Read a LoRA adapter in PEFT's format and check it.
 
     Args:
         path: The folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        allow_pickle: Whether ``adapter_model.bin`` is read where there are no safetensors, by
+            torch's reader of weights alone, which runs no code.
 
     Raises:
         AdapterFormatError: The folder or a file is missing, damaged, or no LoRA adapter.
@@ -80,7 +84,9 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterCheckpoint:
     """
     folder = Path(path)
     config_file, weights_file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    require_adapter(folder)
+    if allow_pickle and not weights_file.is_file() and (folder / PICKLE_NAME).is_file():
+        weights_file = folder / PICKLE_NAME
+    require_adapter(folder, weights_file.name)
     raw = read_config(config_file)
     # Before the weights: a refused field explains the keys that sort_out would refuse.
     check_supported(raw, str(config_file))
@@ -88,7 +94,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterCheckpoint:
     tensors, whole = sort_out(_read_weights(weights_file), str(weights_file), whole=says_whole)
     config = from_peft(raw, str(config_file), list(tensors))
     for name, pair in tensors.items():
-        if pair.rank != config.rank_for(name):
+        if pair.rank != config.rank_for(config.name_for(name, pair.kind)):
             raise AdapterFormatError(
                 f"{folder}: the rank of {name!r} is {config.rank_for(name)} by {CONFIG_NAME} (r, "
                 f"rank_pattern), but its weights have lora_A {tuple(pair.lora_A.shape)} and lora_B "
@@ -104,7 +110,21 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterCheckpoint:
     return AdapterCheckpoint(config, tensors, folder, raw, digest, whole)
 
 
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise AdapterFormatError(
+            f"{file} cannot be read as tensors alone: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise AdapterFormatError(f"{file} must hold tensors by name, got {type(found).__name__}.")
+    return found
+
+
 def _read_weights(file: Path) -> dict[str, Tensor]:
+    if file.name == PICKLE_NAME:
+        return _read_pickle(file)
     try:
         return safetensors.torch.load_file(file)
     except OSError as error:

@@ -34,6 +34,7 @@ from gauge_ext.checkpoint.format import (
     keys_of,
     whole_key,
 )
+from gauge_ext.checkpoint.portable import make_portable
 from gauge_ext.checkpoint.staging import staged_folder, write_bytes
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError, NonFiniteError
 from gauge_ext.models import adapter_config, adapters, lora_layers, whole_parameters
@@ -48,6 +49,7 @@ def save_adapter(
     path: str | os.PathLike[str],
     *,
     save_embedding_layers: bool | Literal["auto"] = "auto",
+    portable: bool = False,
 ) -> Path:
     """Write the adapters of ``model`` to a folder in PEFT's format.
 
@@ -60,6 +62,8 @@ def save_adapter(
         save_embedding_layers: Whether the base's table goes along with the adapter of an input or
             output embedding. "auto" is PEFT's rule: where ``target_modules`` names ``embed_tokens``
             or ``lm_head``.
+        portable: Write what servers read that look at little of the config: the scaling within
+            lora_B, one rank r = alpha for all layers, no base weights.
 
     Returns:
         The folder.
@@ -82,7 +86,17 @@ def save_adapter(
     for name, layer in layers.items():
         _check(name, layer, config)
         _require_finite(name, pairs[name])
-    config = describe(inner, config, layers)
+    targets = [name for name, layer in layers.items() if layer.kind != "out_proj"]
+    config = describe(inner, config, targets)
+    if portable or any(pair.rank != layers[name].rank for name, pair in pairs.items()):
+        # A start that took from the base makes an update of twice the rank.
+        scalings = {name: layer.scaling for name, layer in layers.items()}
+        if portable:
+            pairs = make_portable(pairs, scalings)
+            scalings = dict.fromkeys(pairs, 1.0)
+        made = describe_pairs(pairs, scaling=scalings, like=config)
+        config = dataclasses.replace(made, init="kaiming", target_modules=config.target_modules)
+        config = describe(inner, config, targets)
     if any(isinstance(layer, LoRATransposed) for layer in layers.values()):
         config = dataclasses.replace(config, fan_in_fan_out=True)
     written = to_peft(config)
@@ -98,6 +112,14 @@ def save_adapter(
     for name, tensor in whole.items():
         if not bool(tensor.isfinite().all()):
             raise NonFiniteError(f"{name} holds NaN or infinity.", hint="Nothing was saved.")
+    if portable and whole:
+        raise ConfigError(
+            f"portable=True holds low-rank updates alone, and {len(whole)} parameters were trained "
+            f"whole, such as {next(iter(whole))!r}.",
+            hint="Merge the adapter into the base, or save it as it is.",
+        )
+    if portable:
+        save_embedding_layers = False
     if save_embedding_layers == "auto":
         named = config.target_modules
         save_embedding_layers = not isinstance(named, str) and bool({*named} & _EMBEDDINGS)
@@ -145,7 +167,7 @@ def write_adapter(
         WriteError: The system refused a write; nothing is left or changed at ``path``.
     """
     for name, pair in tensors.items():
-        if pair.rank != config.rank_for(name):
+        if pair.rank != config.rank_for(config.name_for(name, pair.kind)):
             raise AdapterMismatchError(
                 f"the factors of {name} have rank {pair.rank}, and the config says rank "
                 f"{config.rank_for(name)}.",
@@ -188,7 +210,11 @@ def describe(model: nn.Module, config: LoRAConfig, layers: Collection[str]) -> L
     form is chosen that is exact: last parts of the paths, else whole paths, else an expression.
     """
     names = plain_paths(model)
-    able = {name for name, m in model.named_modules() if variant_for(m) or name in layers}
+    able = {
+        name
+        for name, m in model.named_modules()
+        if name in layers or ((variant := variant_for(m)) and variant.kind != "out_proj")
+    }
     meant = {name for name in able if config.selects(name)}
     if not config.is_all_linear and meant == set(layers):
         return config
@@ -220,7 +246,8 @@ def plain_paths(model: nn.Module) -> list[str]:
 
 
 def _check(name: str, layer: Adapter, config: LoRAConfig) -> None:
-    described = (config.rank_for(name), config.scaling_for(name))
+    named = config.name_for(name, layer.kind)
+    described = (config.rank_for(named), config.scaling_for(named))
     if (layer.rank, layer.scaling) != described:
         raise AdapterStateError(
             f"{name} has rank {layer.rank} and scaling {layer.scaling}, but its config says rank "

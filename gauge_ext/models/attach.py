@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from gauge_ext.adapters import AdaptedLayer, Adapter, LoRAConfig, LowRankAdapter, adapt
+from gauge_ext.adapters import AdaptedLayer, Adapter, LoRAConfig, LowRankAdapter, adapt, variant_for
 from gauge_ext.errors import AdapterStateError, ConfigError
 from gauge_ext.models import fast_path, whole
 from gauge_ext.models.targets import find_targets, nearest_hint
@@ -83,7 +83,9 @@ def put_on(
     adapted: list[AdaptedLayer] = []
     try:
         for name, layer in layers.items():
-            adapted.append(adapt(layer, config.spec_for(name)))
+            variant = variant_for(layer)
+            named = config.name_for(name, variant.kind) if variant is not None else name
+            adapted.append(adapt(layer, config.spec_for(named)))
     except BaseException:
         for done in adapted:
             done.to_base()

@@ -69,7 +69,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
             ):
                 skipped[name] = reason
             else:
-                layers[name] = module
+                layers |= _with_companions(name, module)
     else:
         for name, module in named:
             if reason := _trained_whole(name, whole):
@@ -81,7 +81,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
                     f"adapter: {reason}.",
                     hint=_children_hint(name, module),
                 )
-            layers[name] = module
+            layers |= _with_companions(name, module)
     unmatched = _unmatched(model, config)
     if not layers:
         raise TargetError(
@@ -90,6 +90,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
             hint=nearest_hint(model, unmatched),
         )
     return TargetMatch(layers, skipped, unmatched)
+
+
+def _with_companions(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    variant = variant_for(module)
+    inside = variant.companions if variant is not None else ()
+    return {name: module} | {f"{name}.{path}": module.get_submodule(path) for path in inside}
 
 
 def _trained_whole(name: str, modules: Iterable[str]) -> str | None:

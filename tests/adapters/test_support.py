@@ -54,7 +54,7 @@ def test_plain_linear_layers_are_supported(dtype: torch.dtype, bias: bool) -> No
             "it is a torch.nn.modules.conv.ConvTranspose1d, and supported",
         ),
         (nn.Embedding(3, 2, max_norm=1.0), "its max_norm rewrites the frozen table"),
-        (nn.MultiheadAttention(4, 2), "supported are nn.Linear"),
+        (nn.MultiheadAttention(4, 2, vdim=3), "its key or value has another size"),
         (nn.MultiheadAttention(4, 2).out_proj, "nn.MultiheadAttention reads the weight"),
         (Subclass(3, 2), "Subclass is a subclass of nn.Linear"),
         (nn.LazyLinear(3), "LazyLinear is a subclass of nn.Linear"),

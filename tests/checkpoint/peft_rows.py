@@ -124,6 +124,28 @@ def add_whole(model: nn.Module, t: Tensors, s: float) -> None:
             model.get_parameter(key.replace(".base_layer", "")).copy_(value)
 
 
+def add_attention(model: nn.Module, t: Tensors, s: float) -> None:
+    """W + s B A on in_proj and out_proj of each attention, once."""
+    for key in [k for k in t if k.endswith(".lora_A.weight") and ".base_layer." not in k]:
+        path = key.removesuffix(".lora_A.weight")
+        attention = model.get_submodule(path)
+        attention.in_proj_weight += s * t[f"{path}.lora_B.weight"] @ t[key]
+        inner = f"{path}.base_layer.out_proj"
+        attention.out_proj.weight += s * t[f"{inner}.lora_B.weight"] @ t[f"{inner}.lora_A.weight"]
+
+
+class Attention(nn.Module):
+    """Self-attention and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attn(x, x, x)[0])
+
+
 class MLP(nn.Module):
     """Two linear layers and a head."""
 
@@ -264,6 +286,14 @@ ROWS = [
         numbers(2, 3, 5, 5),
         {**_CONV, "use_dora": True},
         add_conv,
+    ),
+    Row(
+        "MultiheadAttention",
+        Attention,
+        numbers(2, 5, 8),
+        {**_TWO, "target_modules": ["attn"]},
+        add_attention,
+        peft_is="the update of out_proj twice",
     ),
     Row(
         "lora_bias, Conv2d",

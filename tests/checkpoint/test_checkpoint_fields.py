@@ -92,7 +92,7 @@ def test_inits_that_leave_the_base_alone_are_kept(init: Any) -> None:
     raw = {**MINIMAL, "init_lora_weights": init}
     fields.check_supported(raw, "f")
     config = fields.from_peft(raw, "f", ["q"])
-    assert config.init == ("gaussian" if init == "gaussian" else "kaiming")
+    assert config.init == (init if init in ("gaussian", "orthogonal") else "kaiming")
     assert fields.to_peft(config)["init_lora_weights"] == init
 
 

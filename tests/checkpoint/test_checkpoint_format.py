@@ -32,7 +32,11 @@ def file(**tensors: Tensor) -> dict[str, Tensor]:
         ("base_model.model.q.lora_B.bias", ("q", "linear", "lora_bias")),
         ("base_model.model.q.lora_A.default.weight", None),
         ("base_model.model.q.weight", None),
-        ("base_model.model.attn.base_layer.out_proj.lora_A.weight", None),
+        (
+            "base_model.model.attn.base_layer.out_proj.lora_A.weight",
+            ("attn.out_proj", "out_proj", "lora_A"),
+        ),
+        ("base_model.model.experts.base_layer.lora_A.weight", None),
     ],
 )
 def test_module_of(key: str, expected: tuple[str, str, str] | None) -> None:

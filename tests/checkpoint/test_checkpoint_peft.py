@@ -296,20 +296,6 @@ def test_a_tied_embedding_is_adapted_alone_and_saved_along(
     assert llama.lm_head.weight is llama.model.embed_tokens.weight
 
 
-def test_a_multihead_attention_is_refused(make_peft_adapter: Make) -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.attention(x, x, x)[0]
-
-    folder = make_peft_adapter(Attention(), r=2, target_modules=["attention"])
-    with pytest.raises(AdapterFormatError, match=r"a layer inside nn\.MultiheadAttention"):
-        read_adapter(folder)
-
-
 def test_every_field_that_peft_writes_by_default_is_read(
     bert: nn.Module, make_peft_adapter: Make
 ) -> None:
