@@ -111,6 +111,8 @@ def open_adapter(path: str | Path, weight: float = 1.0) -> AdapterArrays:
 def _pair_up(tensors: Mapping[str, Stored], file: Path) -> dict[str, tuple[Stored, Stored]]:
     found: dict[str, dict[str, Stored]] = {}
     for key, stored in tensors.items():
+        if key.endswith(".base_layer.weight"):
+            continue  # the table of an adapted embedding or head, the base's own, saved along
         parts = module_of(key)
         if parts is None or parts[1:] not in _LINEAR or len(stored.shape) != 2:
             raise AdapterFormatError(

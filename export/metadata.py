@@ -20,7 +20,7 @@ from gauge_ext.adapters import WrappedAdapter
 from gauge_ext.checkpoint import adapter_sha256
 from gauge_ext.errors import ConfigError
 from gauge_ext.export.inputs import Bounds
-from gauge_ext.models import adapters, lora_layers
+from gauge_ext.models import adapters, attached_modules, attachment, lora_layers
 
 if TYPE_CHECKING:
     from gauge_ext.export.graph import Graph
@@ -113,11 +113,17 @@ def base_sha256(model: nn.Module) -> str | None:
     (``merge(keep_base=False)``).
     """
     layers = lora_layers(model)
+    attached = attached_modules(model)
     # Adapters that hold their base as a submodule: what is theirs, and what is the base's.
     wrapped = [
         f"{p}." if p else "" for p, m in model.named_modules() if isinstance(m, WrappedAdapter)
     ]
     tensors: dict[str, Tensor] = {}
+    own = {
+        f"{path}.{name}" if path else name: base
+        for path, owner in model.named_modules()
+        for name, base in (attachment(owner).whole if owner in attached else {}).items()
+    }
     for key, tensor in model.state_dict(keep_vars=True).items():
         name = key
         prefix = next((prefix for prefix in wrapped if key.startswith(prefix)), None)
@@ -128,7 +134,10 @@ def base_sha256(model: nn.Module) -> str | None:
             name = prefix + inner.removeprefix(_WRAPPED_BASE)
         path, _, last = name.rpartition(".")
         layer = layers.get(path)
-        if layer is not None and last in layer.adapter_parameters():
+        if layer is not None and last in layer.own_names():
+            continue
+        if key in own:
+            tensors[name] = own[key]
             continue
         if layer is not None and layer.merged and not layer.can_unmerge:
             return None

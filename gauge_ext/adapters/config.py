@@ -6,16 +6,20 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gauge_ext.adapters import patterns
-from gauge_ext.adapters.spec import AdapterSpec, Init
+from gauge_ext.adapters.spec import INITS, AdapterSpec, Init, is_init
 from gauge_ext.errors import ConfigError
 
 if TYPE_CHECKING:  # an adapter is read, and merged into a file, without torch
     import torch
 
+    from gauge_ext.adapters.protocol import Kind
+
 ALL_LINEAR = "all-linear"
+
+Bias = Literal["none", "all", "lora_only"]
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,26 @@ class LoRAConfig:
             output embeddings.
         exclude_modules: Names, or an expression, of modules that are left out all the same.
         use_rslora: s = alpha / sqrt(rank) instead (rank-stabilised, arXiv:2312.03732).
+        use_dora: Whether the length of each weight's rows is trained apart from their direction
+            (DoRA, arXiv:2402.09353).
+        lora_bias: Whether the branch of each adapted layer has a bias of its own.
         fan_in_fan_out: Whether the base weights lie transposed, (in, out), as in transformers'
             ``Conv1D``. On a model each layer knows that itself; a file says it to those who merge
             without a model, and is written with it.
+        bias: Which biases of the base are trained: "none", those of adapted layers ("lora_only"),
+            or "all".
+        modules_to_save: Names of modules that are trained whole, such as a fresh classifier.
         rank_pattern: Ranks of modules that differ from ``rank``: expression for the end of a path
             -> rank; the first that matches wins.
         alpha_pattern: The same for ``alpha``.
         layers_to_transform: Index or indices of the layers that get an adapter; None for all. Only
             with a list of names.
         layers_pattern: Name or names of the list that holds those layers, such as ``layers``.
-        init: "kaiming": A uniform in ±1/sqrt(in). "gaussian": A normal with deviation 1/rank. B is
-            zero in both, so that a fresh adapter changes nothing.
+        init: How the factors start; a fresh adapter changes nothing with any of them. "kaiming": A
+            uniform in ±1/sqrt(in), B zero. "gaussian": A normal with deviation 1/rank, B zero.
+            "orthogonal", "pissa", "pissa_niter_4" (randomized), "olora": see
+            :func:`gauge_ext.adapters.inits.start`. Starts that need data are functions of
+            :mod:`gauge_ext.models.starting`.
         adapter_dtype: Dtype of A and B. None: float32 on half-precision bases, else the base's own.
         task_type: PEFT's name of the task, such as "CAUSAL_LM"; "SEQ_CLS" keeps the classifier's
             head out of "all-linear".
@@ -61,7 +74,11 @@ class LoRAConfig:
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] | None = None
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
     fan_in_fan_out: bool = False
+    bias: Bias = "none"
+    modules_to_save: Sequence[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: int | Sequence[int] | None = None
@@ -92,14 +109,25 @@ class LoRAConfig:
         for name in ("task_type", "base_model_name_or_path"):
             if not isinstance(getattr(self, name), str | None):
                 raise _wrong(name, "a string or None", getattr(self, name))
-        for name in ("use_rslora", "fan_in_fan_out"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, "True or False", getattr(self, name))
         keep("rank_pattern", _table("rank_pattern", self.rank_pattern, _rank))
         keep("alpha_pattern", _table("alpha_pattern", self.alpha_pattern, _finite))
+        if self.use_dora and self.lora_bias:
+            raise ConfigError(
+                "use_dora and lora_bias cannot both be on.",
+                hint='PEFT refuses it too; bias="lora_only" trains the bias of the base instead.',
+            )
         self._check_layers(keep)
-        if self.init not in get_args(Init):
-            raise _wrong("init", " or ".join(map(repr, get_args(Init))), self.init)
+        if not is_init(self.init):
+            choices = (*INITS, "pissa_niter_4 (or another number)")
+            raise _wrong("init", " or ".join(choices), self.init)
+        if self.bias not in get_args(Bias):
+            raise _wrong("bias", " or ".join(map(repr, get_args(Bias))), self.bias)
+        if isinstance(self.modules_to_save, str):
+            raise _wrong("modules_to_save", "a list of names or None", self.modules_to_save)
+        keep("modules_to_save", _selector("modules_to_save", self.modules_to_save))
         if self.adapter_dtype is not None:
             from gauge_ext.adapters.dtypes import FLOAT_DTYPES
 
@@ -156,6 +184,14 @@ class LoRAConfig:
         """Whether the targets are every ``nn.Linear`` but the output embeddings."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
 
+    @staticmethod
+    def name_for(path: str, kind: Kind) -> str:
+        """Return the path by which patterns mean the adapter at ``path``.
+
+        The output projection of an attention goes by the attention's own.
+        """
+        return path.rpartition(".")[0] if kind == "out_proj" else path
+
     def rank_for(self, name: str) -> int:
         """Return the rank of the adapter on the module at path ``name``."""
         return patterns.lookup(self.rank_pattern, name, self.rank)
@@ -177,6 +213,8 @@ class LoRAConfig:
             dropout=self.dropout,
             init=self.init,
             dtype=self.adapter_dtype,
+            use_dora=self.use_dora,
+            lora_bias=self.lora_bias,
         )
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from gauge_ext.adapters import dora, inits
 from gauge_ext.adapters.dtypes import FLOAT_DTYPES
 from gauge_ext.adapters.merging import accumulation_dtype, adapter_dtype, add_update
 from gauge_ext.adapters.protocol import Kind
-from gauge_ext.adapters.spec import AdapterSpec, Init
+from gauge_ext.adapters.spec import AdapterSpec
 from gauge_ext.errors import AdapterStateError, TargetError
 
-_ATTRIBUTES = ("scaling", "dropout_p", "merged", "_kept", "_factor_names")
+_ATTRIBUTES = (
+    *("scaling", "dropout_p", "merged", "is_plain"),
+    *("_kept", "_factor_names", "_start_names"),
+)
 
 
 class AdaptedLayer(nn.Module):
@@ -34,26 +37,38 @@ class AdaptedLayer(nn.Module):
         weight_name: The parameter that it adapts.
         kind: See :class:`~gauge_ext.adapters.protocol.Adapter`.
         is_linear: Whether "all-linear" means it.
+        output_axis: The axis of the weight that runs over the outputs.
+        companions: Paths of layers inside it that are adapted along with it.
         base_class: The class that the layer had before and will have again.
         scaling: s, applied to the product of the factors.
         dropout_p: The probability with which training drops an input of the branch.
         merged: Whether the weight holds the update, so that ``forward`` leaves the branch out.
+        is_plain: Whether there is nothing but lora_A and lora_B: no magnitude (``lora_magnitude``,
+            DoRA) and no bias of the branch (``lora_bias``).
     """
 
     bases: ClassVar[tuple[type[nn.Module], ...]] = ()
     weight_name: ClassVar[str] = "weight"
     kind: ClassVar[Kind] = "linear"
     is_linear: ClassVar[bool] = False
+    output_axis: ClassVar[int] = 0
+    companions: ClassVar[tuple[str, ...]] = ()
     base_class: ClassVar[type[nn.Module]]
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_A0: nn.Parameter
+    lora_B0: nn.Parameter
+    lora_magnitude: nn.Parameter
+    lora_bias: nn.Parameter
     scaling: float
     dropout_p: float
     merged: bool
+    is_plain: bool
     _factor_names: tuple[str, ...]
-    # The base's own Parameters while merged, if they were kept, by name.
-    _kept: dict[str, nn.Parameter]
+    _start_names: tuple[str, ...]
+    # The base's own Parameters while merged, if they were kept, by name; None where it had none.
+    _kept: dict[str, nn.Parameter | None]
 
     @classmethod
     def adapt(cls, module: nn.Module, spec: AdapterSpec) -> Self:
@@ -66,7 +81,7 @@ class AdaptedLayer(nn.Module):
         Raises:
             TargetError: The layer cannot carry this adapter.
         """
-        if reason := cls.reason_against(module):
+        if reason := cls.reason_against(module) or cls.reason_against_spec(module, spec):
             raise TargetError(f"an adapter cannot be put on this layer: {reason}.")
         before = type(module)
         layer = cast("Self", module)
@@ -74,7 +89,7 @@ class AdaptedLayer(nn.Module):
         try:
             layer._add_adapter(spec)
         except BaseException:
-            for name in ("lora_A", "lora_B"):
+            for name in [name for name in module._parameters if name.startswith("lora_")]:
                 module._parameters.pop(name, None)
             module.__class__ = before
             raise
@@ -105,6 +120,13 @@ class AdaptedLayer(nn.Module):
         return None
 
     @classmethod
+    def reason_against_spec(cls, module: nn.Module, spec: AdapterSpec) -> str | None:
+        """Say why the adapter cannot be as ``spec`` says, or return None where it can."""
+        if not cls.is_linear and spec.init not in ("kaiming", "gaussian"):
+            return f"init {spec.init!r} is for linear layers, and it is none"
+        return None
+
+    @classmethod
     def factor_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of lora_A and lora_B of a rank on ``module``, adapted or not."""
         raise NotImplementedError
@@ -119,7 +141,7 @@ class AdaptedLayer(nn.Module):
         shape_A, shape_B = self.factor_shapes(self, spec.rank)
         a = torch.empty(shape_A, dtype=dtype, device=weight.device)
         b = torch.empty(shape_B, dtype=dtype, device=weight.device)
-        self.start_factors(a, b, spec.init)
+        self.start_factors(a, b, spec)
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(b)
         self.scaling = float(spec.scaling)
@@ -127,21 +149,84 @@ class AdaptedLayer(nn.Module):
         self.merged = False
         self._kept = {}
         self._factor_names = ("lora_A", "lora_B")
+        self._start_names = ()
+        if inits.starts_nonzero(spec.init):
+            self._keep_start()
+        if spec.use_dora:
+            norms = dora.row_norms(*self.matrices(), self.scaling)
+            magnitude = norms.to(dtype).reshape(self.magnitude_shape())
+            self.lora_magnitude = nn.Parameter(magnitude)
+            self._factor_names += ("lora_magnitude",)
+        if spec.lora_bias:
+            outputs = weight.shape[self.output_axis]
+            self.lora_bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=weight.device))
+            self._factor_names += ("lora_bias",)
+        self.is_plain = len(self._factor_names) == 2 and not self._start_names
 
-    def start_factors(self, lora_A: Tensor, lora_B: Tensor, init: Init) -> None:
-        """Fill fresh factors such that their product is zero."""
-        if init == "gaussian":
-            nn.init.normal_(lora_A, std=1.0 / lora_A.shape[0])
-        else:
-            fan_in = lora_A[0].numel()
-            bound = 1.0 / math.sqrt(fan_in) if fan_in else 0.0
-            nn.init.uniform_(lora_A, -bound, bound)
-        nn.init.zeros_(lora_B)
+    def _keep_start(self) -> None:
+        """Make the factors of now the constant start, from which the update counts."""
+        self.lora_A0 = nn.Parameter(self.lora_A.detach().clone(), requires_grad=False)
+        self.lora_B0 = nn.Parameter(self.lora_B.detach().clone(), requires_grad=False)
+        self._start_names = ("lora_A0", "lora_B0")
+
+    @torch.no_grad()
+    def start_at(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Start a linear layer's factors at values whose product then counts as zero.
+
+        Args:
+            lora_A: ``(r, in)``.
+            lora_B: ``(out, r)``.
+        """
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+        self._keep_start()
+        self.is_plain = False
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B of the update ``s B A``: with a start, ``[A; A0]`` and ``[B, -B0]``."""
+        if not self._start_names:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.lora_A0]), torch.cat([self.lora_B, -self.lora_B0], 1)
+
+    def start_factors(self, lora_A: Tensor, lora_B: Tensor, spec: AdapterSpec) -> None:
+        """Fill fresh factors; where the layer is not linear, such that their product is zero."""
+        inits.start(lora_A, lora_B, spec.init, self._start_weight(), spec.scaling)
+
+    def _start_weight(self) -> Tensor:
+        """The weight as ``(out, in)``, for starts that depend on it."""
+        weight = self.base_weight
+        return weight.mT if self.output_axis and weight.dim() == 2 else weight
 
     @property
     def base_weight(self) -> Tensor:
         """The adapted weight: the base's own, or the merged one."""
         return cast("Tensor", getattr(self, self.weight_name))
+
+    def magnitude_shape(self) -> tuple[int, ...]:
+        """Return the shape of lora_magnitude in a file."""
+        return (self.base_weight.shape[self.output_axis],)
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weight ``(out, in)``, A ``(r, in)`` and B ``(out, r)``."""
+        return self.base_weight, *self.factors()
+
+    def mergeable_weight(self) -> Tensor:
+        """Return the weight in the layout of :meth:`delta_weight`."""
+        return self.base_weight
+
+    @property
+    def has_magnitude(self) -> bool:
+        """Whether the adapter is a DoRA."""
+        return "lora_magnitude" in self._factor_names
+
+    @property
+    def branch_bias(self) -> nn.Parameter | None:
+        """The bias that is added to B A x before the scaling, if there is one."""
+        return self.lora_bias if "lora_bias" in self._factor_names else None
+
+    def gain(self) -> Tensor:
+        """Return by how much DoRA scales each output, ``(out,)``; the norms are constants."""
+        return dora.gain(self.lora_magnitude, dora.row_norms(*self.matrices(), self.scaling))
 
     @property
     def rank(self) -> int:
@@ -153,8 +238,16 @@ class AdaptedLayer(nn.Module):
         return {name: getattr(self, name) for name in self._factor_names}
 
     def adapter_tensors(self) -> Mapping[str, Tensor]:
-        """Return what is saved of the layer, by the names of the :class:`Adapter` protocol."""
-        return self.adapter_parameters()
+        """Return what is saved of the layer, by the names of the :class:`Adapter` protocol.
+
+        An update that counts from a start is saved as one of twice the rank.
+        """
+        lora_A, lora_B = self.factors()
+        return {**self.adapter_parameters(), "lora_A": lora_A, "lora_B": lora_B}
+
+    def own_names(self) -> tuple[str, ...]:
+        """Return the names of all parameters that are the adapter's, trained or constant."""
+        return self._factor_names + self._start_names
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -163,13 +256,15 @@ class AdaptedLayer(nn.Module):
         It is accumulated in float32, or in float64 where the base or a factor is float64, and has
         that dtype.
         """
-        a, b = self.lora_A, self.lora_B
+        a, b = self.factors()
         dtype = accumulation_dtype(a.dtype, b.dtype, self.base_weight.dtype)
         return self.product(b.to(dtype), a.to(dtype)).mul_(self.scaling)
 
     @torch.no_grad()
     def merged_weight(self, *, safe: bool = True) -> Tensor:
         """Return ``W + scaling * lora_B @ lora_A`` in W's dtype, rounded to it once.
+
+        Of a DoRA its rows are scaled to the magnitude, before the rounding.
 
         Args:
             safe: Refuse NaN and infinity.
@@ -194,8 +289,22 @@ class AdaptedLayer(nn.Module):
         if self.merged:
             raise AdapterStateError("the layer is merged already.", hint="Call unmerge() first.")
         parts = {self.weight_name: self.base_weight, **self.adapter_parameters()}
-        weight = add_update(self.base_weight, self.delta_weight(), parts, safe=safe)
-        return {self.weight_name: weight}
+        magnitude = self.lora_magnitude if self.has_magnitude else None
+
+        def finish(total: Tensor) -> Tensor:
+            return total if magnitude is None else dora.rescale(total, magnitude, self.output_axis)
+
+        weight, delta = self.mergeable_weight(), self.delta_weight()
+        merged = {self.weight_name: add_update(weight, delta, parts, safe=safe, finish=finish)}
+        if (shift := self.branch_bias) is not None:
+            wide = accumulation_dtype(shift.dtype, weight.dtype)
+            update = shift.to(wide) * self.scaling
+            if magnitude is not None:
+                update *= self.gain()
+            bias = getattr(self, "bias", None)
+            bias = torch.zeros_like(update, dtype=weight.dtype) if bias is None else bias
+            merged["bias"] = add_update(bias, update, {"bias": bias, "lora_bias": shift}, safe=safe)
+        return merged
 
     def merge(self, *, safe: bool = True, keep_base: bool = True) -> None:
         """Put the update into the weight, as a new Parameter.
@@ -215,11 +324,11 @@ class AdaptedLayer(nn.Module):
 
     def adopt_merged(self, merged: Mapping[str, Tensor], *, keep_base: bool) -> None:
         """Make ``merged``, a result of :meth:`merged_parameters`, the layer's own."""
-        kept = {}
+        kept: dict[str, nn.Parameter | None] = {}
         for name, value in merged.items():
-            base = cast("nn.Parameter", getattr(self, name))
-            kept[name] = base
-            setattr(self, name, nn.Parameter(value, requires_grad=base.requires_grad))
+            base = kept[name] = cast("nn.Parameter | None", getattr(self, name))
+            trained = base is not None and base.requires_grad
+            setattr(self, name, nn.Parameter(value, requires_grad=trained))
         self._kept = kept if keep_base else {}
         self.merged = True
 
@@ -245,11 +354,11 @@ class AdaptedLayer(nn.Module):
     @property
     def kept_parameters(self) -> Mapping[str, nn.Parameter]:
         """The base's own Parameters while merged, by name; empty if they were not kept."""
-        return self._kept
+        return {name: base for name, base in self._kept.items() if base is not None}
 
     def to_base(self) -> nn.Module:
         """Drop the adapter and be a plain layer again, with the weight of the moment."""
-        for name in (*self._factor_names, *_ATTRIBUTES):
+        for name in (*self.own_names(), *_ATTRIBUTES):
             delattr(self, name)
         base = cast("nn.Module", self)
         base.__class__ = type(self).base_class
@@ -261,13 +370,14 @@ class AdaptedLayer(nn.Module):
         base = super().extra_repr()
         return (
             f"{base}{', ' if base else ''}rank={self.rank}, scaling={self.scaling:g}, "
-            f"dropout={self.dropout_p:g}{merged}"
+            f"dropout={self.dropout_p:g}{''.join(f', {name}' for name in self._factor_names[2:])}"
+            f"{merged}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Module.to() and its kin know of registered parameters only; the kept base moves along.
-        for name, base in list(self._kept.items()):
+        for name, base in self.kept_parameters.items():
             with torch.no_grad():
                 moved = fn(base)
             if moved.is_meta == base.is_meta:

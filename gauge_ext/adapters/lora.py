@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gauge_ext import ops
+from gauge_ext.adapters import branches
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.spec import AdapterSpec, Init
 
@@ -33,6 +34,8 @@ class LoRALinear(AdaptedLayer, nn.Linear):
         init: How lora_A starts, see :class:`~gauge_ext.adapters.LoRAConfig`; lora_B starts at zero.
         adapter_dtype: Dtype of lora_A and lora_B; None: float32 on half-precision bases, else the
             base's own.
+        use_dora: Whether the adapter is a DoRA, with ``lora_magnitude`` (out,).
+        lora_bias: Whether the branch has a bias, ``lora_bias`` (out,).
         device: Device of all parameters.
         dtype: Dtype of the base.
 
@@ -58,10 +61,14 @@ class LoRALinear(AdaptedLayer, nn.Linear):
         init: Init = "kaiming",
         adapter_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        use_dora: bool = False,
+        lora_bias: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._add_adapter(AdapterSpec(rank, scaling, dropout, init, adapter_dtype))
+        self._add_adapter(
+            AdapterSpec(rank, scaling, dropout, init, adapter_dtype, use_dora, lora_bias)
+        )
 
     @classmethod
     def from_linear(
@@ -128,6 +135,8 @@ class LoRALinear(AdaptedLayer, nn.Linear):
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         if self.merged:
             return F.linear(input, weight, bias)
+        if not self.is_plain:
+            return branches.linear(self, input, weight, bias)
         if self.training and self.dropout_p > 0.0:
             seed = ops.draw_seed()
             return ops.lora_linear(

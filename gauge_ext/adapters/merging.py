@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -25,7 +25,14 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def add_update(weight: Tensor, delta: Tensor, parts: Mapping[str, Tensor], *, safe: bool) -> Tensor:
+def add_update(
+    weight: Tensor,
+    delta: Tensor,
+    parts: Mapping[str, Tensor],
+    *,
+    safe: bool,
+    finish: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Return ``weight + delta`` in weight's dtype, rounded to it once; ``delta`` is used up.
 
     Args:
@@ -33,12 +40,14 @@ def add_update(weight: Tensor, delta: Tensor, parts: Mapping[str, Tensor], *, sa
         delta: The update, ``(out, in)``, in a dtype that holds W's exactly.
         parts: What the sum was made of, by name, for the message.
         safe: Refuse NaN and infinity.
+        finish: What is done to the sum before it is rounded.
 
     Raises:
         NonFiniteError: A part or the sum holds NaN or infinity.
     """
     # Adding W in place keeps one (out, in) matrix in the wide dtype, and promotes W on the way.
-    merged = delta.add_(weight).to(weight.dtype)
+    total = delta.add_(weight)
+    merged = (total if finish is None else finish(total)).to(weight.dtype)
     if safe and not bool(merged.isfinite().all()):
         for name, part in parts.items():
             if not bool(part.isfinite().all()):

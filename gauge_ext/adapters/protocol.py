@@ -10,7 +10,8 @@ from torch import Tensor, nn
 # How the tensors of an adapter are laid out and named in a file:
 # - "linear": A (r, in), B (out, r); also convolutions, A (r, in, *k), B (out, r / groups, 1, ...)
 # - "embedding": A (r, vocab), B (dim, r)
-Kind = Literal["linear", "embedding"]
+# - "out_proj": as "linear", for the output projection inside nn.MultiheadAttention
+Kind = Literal["linear", "embedding", "out_proj"]
 
 
 class Adapter(Protocol):

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
+from gauge_ext.adapters.attention import LoRAMultiheadAttention, LoRAOutProjection
+from gauge_ext.adapters.conv import LoRAConv
+from gauge_ext.adapters.embedding import LoRAEmbedding
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.lora import LoRALinear
 from gauge_ext.adapters.spec import AdapterSpec
 from gauge_ext.adapters.transposed import LoRATransposed
 from gauge_ext.errors import TargetError
 
-VARIANTS: tuple[type[AdaptedLayer], ...] = (LoRALinear, LoRATransposed)
+VARIANTS: tuple[type[AdaptedLayer], ...] = (
+    LoRALinear,
+    LoRATransposed,
+    LoRAEmbedding,
+    LoRAConv,
+    LoRAMultiheadAttention,
+    LoRAOutProjection,
+)
 
 
 def variant_for(module: nn.Module) -> type[AdaptedLayer] | None:
@@ -38,12 +48,12 @@ def unsupported_reason(module: nn.Module) -> str | None:
     """
     if isinstance(module, AdaptedLayer):
         return "it has an adapter already"
-    if (variant := variant_for(module)) is not None:
-        return variant.reason_against(module)
     if isinstance(module, nn.Linear):
         return LoRALinear.reason_against(module)
+    if (variant := variant_for(module)) is not None:
+        return variant.reason_against(module)
     kind = type(module)
-    supported = [f"nn.{base.__name__}" for v in VARIANTS for base in v.bases]
+    supported = [f"nn.{base.__name__}" for v in VARIANTS[:-1] for base in v.bases]
     return (
         f"it is a {kind.__module__}.{kind.__qualname__}, and supported are {', '.join(supported)} "
         "and transformers' Conv1D"

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from gauge_ext.errors import ConfigError
 
 if TYPE_CHECKING:  # see config
     import torch
 
-Init = Literal["kaiming", "gaussian"]
+Init = str
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+_RANDOMIZED = r"pissa_niter_[1-9]\d*"
+
+
+def is_init(value: object) -> bool:
+    """Say whether ``value`` names a start of the factors: one of INITS, or "pissa_niter_" + n."""
+    return isinstance(value, str) and (value in INITS or bool(re.fullmatch(_RANDOMIZED, value)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gauge_ext import ops
+from gauge_ext.adapters import branches
 from gauge_ext.adapters.layer import AdaptedLayer
 
 
@@ -24,6 +24,7 @@ class LoRATransposed(AdaptedLayer):
     """
 
     is_linear = True
+    output_axis = 1
 
     nx: int
     nf: int
@@ -45,6 +46,10 @@ class LoRATransposed(AdaptedLayer):
         """Return ``(B A)ᵀ``, ``(in, out)``."""
         return torch.mm(lora_A.mT, lora_B.mT)
 
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weight transposed, ``(out, in)``, A and B."""
+        return self.weight.mT, *self.factors()
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted layer's output.
 
@@ -57,14 +62,4 @@ class LoRATransposed(AdaptedLayer):
         weight = self.weight.mT
         if self.merged:
             return F.linear(x, weight, self.bias)
-        drop = self.training and self.dropout_p > 0.0
-        return ops.lora_linear(
-            x,
-            weight,
-            self.bias,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            self.dropout_p if drop else 0.0,
-            ops.draw_seed() if drop else None,
-        )
+        return branches.linear(self, x, weight, self.bias)

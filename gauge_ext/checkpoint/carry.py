@@ -46,6 +46,8 @@ def lift_adapters(
         GeometryError: An update has a rank below that of its factors, ranks differ, or neighbours
             are too far apart.
     """
+    for adapter in path:
+        adapter.require_plain("lifted")
     for adapter in path[1:]:
         if adapter.tensors.keys() != path[0].tensors.keys():
             other = sorted(adapter.tensors.keys() ^ path[0].tensors.keys())
@@ -192,6 +194,7 @@ class _View(Mapping[str, Tensor]):
 
 def _homes(adapter: AdapterCheckpoint, base: Weights) -> dict[str, str]:
     """Return the adapter's path of each module -> the path in the base's own names."""
+    adapter.require_plain("carried to another base")
     wanted = [f"{name}.weight" for name in adapter.tensors]
     found = match_names(wanted, base.shapes, base.name)
     if lost := [key for key in wanted if key not in found]:

@@ -25,6 +25,10 @@ OWN = {
     "target_modules": "target_modules",
     "exclude_modules": "exclude_modules",
     "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "lora_bias": "lora_bias",
+    "bias": "bias",
+    "modules_to_save": "modules_to_save",
     "fan_in_fan_out": "fan_in_fan_out",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
@@ -45,10 +49,6 @@ def _absent(value: Any) -> bool:
 
 # Fields that change what the adapted model computes -> (whether a value leaves it off, what it is).
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "use_dora": (_unset, "DoRA"),
-    "lora_bias": (_unset, "a bias on lora_B"),
-    "bias": (lambda value: value in (None, "none"), "trained biases of the base"),
-    "modules_to_save": (_unset, "modules that were trained whole"),
     "target_parameters": (_unset, "adapters on bare parameters"),
     "trainable_token_indices": (_unset, "trained tokens"),
     "layer_replication": (_unset, "replicated layers"),
@@ -95,7 +95,6 @@ DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "auto_mapping": None,
-    "bias": "none",
     "corda_config": None,
     "ensure_weight_tying": False,
     "eva_config": None,
@@ -104,11 +103,9 @@ DEFAULTS: dict[str, Any] = {
     "kasa_config": None,
     "layer_replication": None,
     "loftq_config": {},
-    "lora_bias": False,
     "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
-    "modules_to_save": None,
     "monteclora_config": None,
     "peft_type": "LORA",
     "peft_version": PEFT_VERSION,
@@ -117,7 +114,6 @@ DEFAULTS: dict[str, Any] = {
     "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
 }
@@ -177,13 +173,20 @@ def from_peft(raw: Mapping[str, Any], where: str, modules: list[str]) -> LoRACon
     # rank or alpha out, its own default stands, not ours.
     values: dict[str, Any] = {"rank": 8, "alpha": 8}
     values |= {ours: raw[name] for name, ours in OWN.items() if raw.get(name) is not None}
-    for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+    for name in (
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+    ):
         if values.get(name) in ([], ""):
             del values[name]
     values.setdefault("target_modules", modules)
-    init: Init = "gaussian" if raw.get("init_lora_weights") == "gaussian" else "kaiming"
+    started = raw.get("init_lora_weights")
+    init: Init = started if started in ("gaussian", "orthogonal") else "kaiming"
     dropped = {*OWN, *REFUSED, "runtime_config", "peft_version"}
-    if raw.get("init_lora_weights") in (True, "gaussian"):
+    if started in (True, "gaussian", "orthogonal"):
         dropped.add("init_lora_weights")
     extra = {name: value for name, value in raw.items() if name not in dropped}
     try:
@@ -204,7 +207,9 @@ def to_peft(config: LoRAConfig) -> dict[str, Any]:
     """
     written = {name: _plain(getattr(config, ours)) for name, ours in OWN.items()}
     written |= {"lora_dropout": config.dropout, "inference_mode": True}
-    init = {"init_lora_weights": "gaussian"} if config.init == "gaussian" else {}
+    # Starts that took from the base are converted on the way out, so no file speaks of them.
+    plain = config.init in ("gaussian", "orthogonal")
+    init = {"init_lora_weights": config.init} if plain else {}
     raw = {**DEFAULTS, **init, **config.extra, **written}
     check_supported(raw, "the adapter's config (extra)")
     return raw

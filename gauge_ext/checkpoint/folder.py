@@ -10,8 +10,12 @@ from gauge_ext.checkpoint.format import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from gauge_ext.errors import AdapterFormatError
 
 
-def require_adapter(folder: Path) -> None:
+def require_adapter(folder: Path, weights_name: str = WEIGHTS_NAME) -> None:
     """Refuse what is not a folder with an adapter's two files, and say what it may be instead.
+
+    Args:
+        folder: The folder.
+        weights_name: The file that has to hold its tensors.
 
     Raises:
         AdapterFormatError: It is not.
@@ -31,13 +35,14 @@ def require_adapter(folder: Path) -> None:
             f"{folder} holds no {CONFIG_NAME}, so it is no adapter.",
             hint=f"There are adapters below it: {', '.join(below)}." if below else None,
         )
-    if not (folder / WEIGHTS_NAME).is_file():
+    if not (folder / weights_name).is_file():
         pickled = (folder / PICKLE_NAME).is_file()
         raise AdapterFormatError(
             f"{folder} holds no {WEIGHTS_NAME}" + (f", only {PICKLE_NAME}." if pickled else "."),
             hint=(
-                f"{PICKLE_NAME} is a pickle, which can run code when it is opened. To turn it into "
-                f'a safe file: safetensors.torch.save_file(torch.load("{PICKLE_NAME}", '
+                f"{PICKLE_NAME} is a pickle, which can run code when it is opened. In Python, "
+                "allow_pickle=True has its tensors alone read; or turn it into a safe file: "
+                f'safetensors.torch.save_file(torch.load("{PICKLE_NAME}", '
                 f'weights_only=True), "{WEIGHTS_NAME}").'
             )
             if pickled

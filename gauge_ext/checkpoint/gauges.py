@@ -74,8 +74,8 @@ def regauge(
     for name, pair in checkpoint.tensors.items():
         scaling = config.scaling_for(name)
         b, a, _, _ = regauge_factors(name, pair.lora_B, pair.lora_A, scaling, gauge)
-        tensors[name] = LoRAPair(a, b)
-    digest = adapter_digest(config, tensors)
+        tensors[name] = dataclasses.replace(pair, lora_A=a, lora_B=b)
+    digest = adapter_digest(config, tensors, checkpoint.whole)
     return dataclasses.replace(checkpoint, tensors=tensors, sha256=digest)
 
 
@@ -143,7 +143,8 @@ def adapter_points(adapter: nn.Module | Saved) -> dict[str, LoRAPoint]:
 
 
 def _point(lora_B: Tensor, lora_A: Tensor, scaling: float) -> LoRAPoint:
-    return LoRAPoint(lora_B.detach().double() * scaling, lora_A.detach().double())
+    b, a = lora_B.detach().flatten(1).double(), lora_A.detach().flatten(1).double()
+    return LoRAPoint(b * scaling, a)
 
 
 def _checkpoint(adapter: Saved) -> AdapterCheckpoint:

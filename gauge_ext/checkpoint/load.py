@@ -13,13 +13,20 @@ from torch import nn
 from gauge_ext.adapters import AdaptedLayer, variant_for
 from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, TargetError
+from gauge_ext.models import whole
 from gauge_ext.models.attach import attachment, detach, lora_layers, put_on, record, unwrap
 from gauge_ext.models.targets import blocker, nearest_hint
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def load_adapter(model: ModelT, path: str | os.PathLike[str], *, trainable: bool = True) -> ModelT:
+def load_adapter(
+    model: ModelT,
+    path: str | os.PathLike[str],
+    *,
+    trainable: bool = True,
+    allow_pickle: bool = False,
+) -> ModelT:
     """Put the adapter in a folder onto ``model``, in place; on a failure nothing is changed.
 
     A bare model gets adapters on exactly the layers that the file names; everything else is frozen.
@@ -29,6 +36,7 @@ def load_adapter(model: ModelT, path: str | os.PathLike[str], *, trainable: bool
         model: The base that the adapter was made for, bare or with such adapters.
         path: The adapter's folder in PEFT's format.
         trainable: Whether the adapters require gradients.
+        allow_pickle: See :func:`~gauge_ext.checkpoint.read_adapter`.
 
     Returns:
         ``model``.
@@ -41,7 +49,7 @@ def load_adapter(model: ModelT, path: str | os.PathLike[str], *, trainable: bool
         TargetError: A layer that it names cannot carry an adapter.
         AdapterStateError: The model's adapters are merged.
     """
-    checkpoint = read_adapter(path)
+    checkpoint = read_adapter(path, allow_pickle=allow_pickle)
     inner = unwrap(model)
     if present := lora_layers(inner):
         _require_same(inner, checkpoint, present)
@@ -53,6 +61,7 @@ def load_adapter(model: ModelT, path: str | os.PathLike[str], *, trainable: bool
         put_on(inner, checkpoint.config, _layers_for(inner, checkpoint), {})
     try:
         _fill(checkpoint, lora_layers(inner), trainable=trainable)
+        _fill_whole(checkpoint, inner, trainable=trainable)
     except BaseException:
         if not present:
             detach(inner)
@@ -67,11 +76,49 @@ def _fill(
     for name, pair in checkpoint.tensors.items():
         layer = layers[name]
         parameters = layer.adapter_parameters()
+        if parameters.keys() != pair.tensors.keys():
+            raise AdapterMismatchError(
+                f"the adapter at {name!r} consists of {', '.join(parameters)}, and that in "
+                f"{checkpoint.path} of {', '.join(pair.tensors)}.",
+                hint="use_dora and lora_bias of the config say what there has to be.",
+            )
         for factor, tensor in pair.tensors.items():
             parameters[factor].copy_(tensor)
             parameters[factor].requires_grad_(trainable)
-        layer.scaling = checkpoint.config.scaling_for(name)
+        named = checkpoint.config.name_for(name, pair.kind)
+        layer.scaling = checkpoint.config.scaling_for(named)
         layer.dropout_p = checkpoint.config.dropout
+
+
+@torch.no_grad()
+def _fill_whole(checkpoint: AdapterCheckpoint, model: nn.Module, *, trainable: bool) -> None:
+    """Take over the parameters that were trained whole, and check those that were saved along."""
+    trained = attachment(model).whole
+    if lacking := [path for path in trained if path not in checkpoint.whole]:
+        raise AdapterMismatchError(
+            f"{checkpoint.path} lacks {len(lacking)} parameters that its config says were trained "
+            f"whole (modules_to_save, bias): {_some(lacking)}."
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path, value in checkpoint.whole.items():
+        here = parameters.get(path)
+        if here is None or here.shape != value.shape:
+            shape = "none of that name" if here is None else f"one of shape {tuple(here.shape)}"
+            raise AdapterMismatchError(
+                f"{checkpoint.path} holds the parameter {path!r} of shape {tuple(value.shape)}, "
+                f"and this {type(model).__name__} has {shape}.",
+                hint="If the vocabulary was resized for training, resize the model's first.",
+            )
+        if path in trained:
+            here.copy_(value)
+            here.requires_grad_(trainable)
+        elif not torch.equal(here, value.to(here.device, here.dtype)):
+            # A base that was changed before training, such as an embedding with new tokens.
+            own = whole.replace(model, [path])
+            model.get_parameter(path).copy_(value)
+            model.get_parameter(path).requires_grad_(False)
+            done = attachment(model)
+            record(model, dataclasses.replace(done, whole={**done.whole, **own}))
 
 
 def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn.Module]:
@@ -82,7 +129,13 @@ def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn
     layers: dict[str, nn.Module] = {}
     for name in checkpoint.tensors:
         module = modules[name]
-        if reason := blocker(model, name, module):
+        inside = checkpoint.tensors[name].kind == "out_proj"
+        if inside and checkpoint.config.name_for(name, "out_proj") not in checkpoint.tensors:
+            raise AdapterMismatchError(
+                f"{checkpoint.path} has an adapter for {name!r} and none for the attention that "
+                "it is a part of."
+            )
+        if not inside and (reason := blocker(model, name, module)):
             raise TargetError(
                 f"{checkpoint.path} has an adapter for {name!r}, which cannot carry one: {reason}."
             )
@@ -114,7 +167,8 @@ def _require_shapes(checkpoint: AdapterCheckpoint, layers: Mapping[str, nn.Modul
         if variant is None:
             continue  # blocker() has refused it
         theirs = {factor: tuple(tensor.shape) for factor, tensor in pair.tensors.items()}
-        ours = dict(zip(("lora_A", "lora_B"), variant.factor_shapes(layer, pair.rank), strict=True))
+        theirs = {name: theirs[name] for name in ("lora_A", "lora_B")}
+        ours = dict(zip(theirs, variant.factor_shapes(layer, pair.rank), strict=True))
         if pair.kind != variant.kind or theirs != ours:
             weight = tuple(getattr(layer, variant.weight_name).shape)
             raise AdapterMismatchError(

@@ -8,25 +8,49 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 from torch import nn
 
 from gauge_ext._version import __version__
-from gauge_ext.adapters import Adapter, LoRAConfig, WrappedAdapter, patterns, variant_for
+from gauge_ext.adapters import (
+    AdaptedLayer,
+    Adapter,
+    LoRAConfig,
+    WrappedAdapter,
+    patterns,
+    variant_for,
+)
 from gauge_ext.adapters.transposed import LoRATransposed
 from gauge_ext.checkpoint.assembly import describe_pairs
 from gauge_ext.checkpoint.fields import to_peft
-from gauge_ext.checkpoint.format import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, LoRAPair, keys_of
+from gauge_ext.checkpoint.format import (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    LoRAPair,
+    keys_of,
+    whole_key,
+)
+from gauge_ext.checkpoint.portable import make_portable
 from gauge_ext.checkpoint.staging import staged_folder, write_bytes
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError, NonFiniteError
-from gauge_ext.models import adapter_config, adapters, lora_layers
+from gauge_ext.models import adapter_config, adapters, lora_layers, whole_parameters
 from gauge_ext.models.attach import unwrap
 
+# Names of the modules whose base weight PEFT saves along where they are adapted.
+_EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+    portable: bool = False,
+) -> Path:
     """Write the adapters of ``model`` to a folder in PEFT's format.
 
     The folder gets ``adapter_config.json``, ``adapter_model.safetensors`` and, unless it has one,
@@ -35,6 +59,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     Args:
         model: A model with adapters, merged or not.
         path: The folder; it is made if need be.
+        save_embedding_layers: Whether the base's table goes along with the adapter of an input or
+            output embedding. "auto" is PEFT's rule: where ``target_modules`` names ``embed_tokens``
+            or ``lm_head``.
+        portable: Write what servers read that look at little of the config: the scaling within
+            lora_B, one rank r = alpha for all layers, no base weights.
 
     Returns:
         The folder.
@@ -57,7 +86,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     for name, layer in layers.items():
         _check(name, layer, config)
         _require_finite(name, pairs[name])
-    config = describe(inner, config, layers)
+    targets = [name for name, layer in layers.items() if layer.kind != "out_proj"]
+    config = describe(inner, config, targets)
+    if portable or any(pair.rank != layers[name].rank for name, pair in pairs.items()):
+        # A start that took from the base makes an update of twice the rank.
+        scalings = {name: layer.scaling for name, layer in layers.items()}
+        if portable:
+            pairs = make_portable(pairs, scalings)
+            scalings = dict.fromkeys(pairs, 1.0)
+        made = describe_pairs(pairs, scaling=scalings, like=config)
+        config = dataclasses.replace(made, init="kaiming", target_modules=config.target_modules)
+        config = describe(inner, config, targets)
     if any(isinstance(layer, LoRATransposed) for layer in layers.values()):
         config = dataclasses.replace(config, fan_in_fan_out=True)
     written = to_peft(config)
@@ -69,11 +108,45 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             "base_model_class": kind.__name__,
             "parent_library": kind.__module__,
         }
-    return _write(written, pairs, path)
+    whole: dict[str, torch.Tensor] = dict(whole_parameters(inner))
+    for name, tensor in whole.items():
+        if not bool(tensor.isfinite().all()):
+            raise NonFiniteError(f"{name} holds NaN or infinity.", hint="Nothing was saved.")
+    if portable and whole:
+        raise ConfigError(
+            f"portable=True holds low-rank updates alone, and {len(whole)} parameters were trained "
+            f"whole, such as {next(iter(whole))!r}.",
+            hint="Merge the adapter into the base, or save it as it is.",
+        )
+    if portable:
+        save_embedding_layers = False
+    if save_embedding_layers == "auto":
+        named = config.target_modules
+        save_embedding_layers = not isinstance(named, str) and bool({*named} & _EMBEDDINGS)
+    if save_embedding_layers:
+        whole |= _embeddings(inner, layers)
+    return _write(written, pairs, path, whole)
+
+
+def _embeddings(model: nn.Module, layers: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:
+    """The base's own tables of the input and output embeddings that are adapted."""
+    tables = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        if callable(get := getattr(model, getter, None)):
+            tables.append(get())
+    return {
+        f"{name}.weight": layer.kept_parameters.get("weight", layer.base_weight)
+        for name, layer in layers.items()
+        if isinstance(layer, AdaptedLayer) and any(layer is table for table in tables)
+    }
 
 
 def write_adapter(
-    config: LoRAConfig, tensors: Mapping[str, LoRAPair], path: str | os.PathLike[str]
+    config: LoRAConfig,
+    tensors: Mapping[str, LoRAPair],
+    path: str | os.PathLike[str],
+    *,
+    whole: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write an adapter that is on no model to a folder in PEFT's format, as :func:`save_adapter`.
 
@@ -82,6 +155,7 @@ def write_adapter(
             :func:`~gauge_ext.checkpoint.describe_pairs` for one made to measure.
         tensors: Path of the module -> its two factors.
         path: The folder; it is made if need be.
+        whole: Path of a parameter that was trained whole -> its value.
 
     Returns:
         The folder.
@@ -93,24 +167,29 @@ def write_adapter(
         WriteError: The system refused a write; nothing is left or changed at ``path``.
     """
     for name, pair in tensors.items():
-        if pair.rank != config.rank_for(name):
+        if pair.rank != config.rank_for(config.name_for(name, pair.kind)):
             raise AdapterMismatchError(
                 f"the factors of {name} have rank {pair.rank}, and the config says rank "
                 f"{config.rank_for(name)}.",
                 hint="Say so in rank_pattern.",
             )
         _require_finite(name, pair)
-    return _write(to_peft(config), tensors, path)
+    return _write(to_peft(config), tensors, path, whole or {})
 
 
 def _write(
-    written: dict[str, Any], pairs: Mapping[str, LoRAPair], path: str | os.PathLike[str]
+    written: dict[str, Any],
+    pairs: Mapping[str, LoRAPair],
+    path: str | os.PathLike[str],
+    whole: Mapping[str, torch.Tensor],
 ) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     for name, pair in pairs.items():
         for key, factor in keys_of(name, pair).items():
             # A copy, since safetensors refuses factors that share their storage.
             tensors[key] = factor.detach().to("cpu", copy=True).contiguous()
+    for name, value in whole.items():
+        tensors[whole_key(name, pairs)] = value.detach().to("cpu", copy=True).contiguous()
     try:
         text = json.dumps(written, indent=2, sort_keys=True)
     except (TypeError, ValueError) as error:
@@ -131,7 +210,11 @@ def describe(model: nn.Module, config: LoRAConfig, layers: Collection[str]) -> L
     form is chosen that is exact: last parts of the paths, else whole paths, else an expression.
     """
     names = plain_paths(model)
-    able = {name for name, m in model.named_modules() if variant_for(m) or name in layers}
+    able = {
+        name
+        for name, m in model.named_modules()
+        if name in layers or ((variant := variant_for(m)) and variant.kind != "out_proj")
+    }
     meant = {name for name in able if config.selects(name)}
     if not config.is_all_linear and meant == set(layers):
         return config
@@ -163,7 +246,8 @@ def plain_paths(model: nn.Module) -> list[str]:
 
 
 def _check(name: str, layer: Adapter, config: LoRAConfig) -> None:
-    described = (config.rank_for(name), config.scaling_for(name))
+    named = config.name_for(name, layer.kind)
+    described = (config.rank_for(named), config.scaling_for(named))
     if (layer.rank, layer.scaling) != described:
         raise AdapterStateError(
             f"{name} has rank {layer.rank} and scaling {layer.scaling}, but its config says rank "

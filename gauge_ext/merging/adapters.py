@@ -134,6 +134,8 @@ def combine_adapters(
     """
     weights = recipe.check_weights(weights, len(adapters))
     _warn_of_bases(adapters)
+    for adapter in adapters:
+        adapter.require_plain("combined")
     names = sorted({name for adapter in adapters for name in adapter.tensors})
     for name in names:
         _check_module(name, adapters, recipe)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 from torch import nn
 
-from gauge_ext.adapters import AdaptedLayer, Adapter, LoRAConfig, LowRankAdapter, adapt
+from gauge_ext.adapters import AdaptedLayer, Adapter, LoRAConfig, LowRankAdapter, adapt, variant_for
 from gauge_ext.errors import AdapterStateError, ConfigError
-from gauge_ext.models import fast_path
+from gauge_ext.models import fast_path, whole
 from gauge_ext.models.targets import find_targets, nearest_hint
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -31,6 +31,7 @@ class Attachment:
         skipped: Layers that "all-linear" left out -> why.
         trainable: Names of the parameters that required gradients before.
         switches: See :func:`gauge_ext.models.fast_path.suspend`.
+        whole: Path of each parameter that is trained whole -> the base's own, which comes back.
     """
 
     config: LoRAConfig
@@ -38,6 +39,7 @@ class Attachment:
     skipped: Mapping[str, str]
     trainable: frozenset[str]
     switches: tuple[fast_path.Switch, ...]
+    whole: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
 
 def attach(model: ModelT, config: LoRAConfig) -> ModelT:
@@ -83,7 +85,9 @@ def put_on(
     adapted: list[AdaptedLayer] = []
     try:
         for name, layer in layers.items():
-            adapted.append(adapt(layer, config.spec_for(name)))
+            variant = variant_for(layer)
+            named = config.name_for(name, variant.kind) if variant is not None else name
+            adapted.append(adapt(layer, config.spec_for(named)))
     except BaseException:
         for done in adapted:
             done.to_base()
@@ -92,8 +96,9 @@ def put_on(
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
+    own_whole = whole.replace(model, whole.chosen(model, config, layers))
     switches = fast_path.suspend(model, layers)
-    record(model, Attachment(config, tuple(layers), dict(skipped), trainable, switches))
+    record(model, Attachment(config, tuple(layers), dict(skipped), trainable, switches, own_whole))
 
 
 def detach(model: ModelT) -> ModelT:
@@ -111,6 +116,7 @@ def detach(model: ModelT) -> ModelT:
         if layer.can_unmerge:
             layer.unmerge()
         layer.to_base()
+    whole.restore(inner, done.whole)
     for name, parameter in inner.named_parameters():
         parameter.requires_grad_(name in done.trainable)
     forget(inner)
@@ -125,6 +131,7 @@ def lora_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters of every adapter, lora_A and lora_B, with their names in the model.
 
+    With them come those that are trained whole (``modules_to_save``, ``bias``).
     Those of :class:`~gauge_ext.LoRAGaugeField` and :class:`~gauge_ext.LoRAFiberBundle` have names
     of their own.
     """
@@ -132,7 +139,22 @@ def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]
         (f"{name}.{factor}" if name else factor, parameter)
         for name, layer in adapters(model).items()
         for factor, parameter in layer.adapter_parameters().items()
-    ]
+    ] + list(whole_parameters(model).items())
+
+
+def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained whole beside the adapters, by name."""
+    found: dict[str, nn.Parameter] = {}
+    inner = unwrap(model)
+    layers = lora_layers(inner)
+    for owner_path, owner in inner.named_modules():
+        done: Attachment | None = vars(owner).get(_KEY)
+        for path in done.whole if done is not None else ():
+            name = f"{owner_path}.{path}" if owner_path else path
+            holder, _, last = name.rpartition(".")
+            kept = layers[holder].kept_parameters if holder in layers else {}
+            found[name] = kept[last] if last in kept else inner.get_parameter(name)
+    return found
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext.adapters import AdaptedLayer
-from gauge_ext.errors import AdapterStateError, GaugeError, NonFiniteError
+from gauge_ext.errors import AdapterStateError, GaugeError, GeometryError, NonFiniteError
 from gauge_ext.geometry import LoRAPoint
 from gauge_ext.geometry.gauge import GaugeName, to_gauge
 from gauge_ext.models.attach import adapter_config, lora_layers
@@ -84,7 +84,13 @@ def regauge_factors(
         NonFiniteError: A factor holds NaN or infinity, or would leave the range of its dtype.
     """
     # In float64 from here to the end, so that the scaling costs no rounding of its own.
-    point = LoRAPoint(lora_B.detach().double() * scaling, lora_A.detach().double())
+    # The factors of a convolution are matrices too, with the kernel in the columns of A.
+    b, a = lora_B.detach().flatten(1).double(), lora_A.detach().flatten(1).double()
+    if a.shape[0] != b.shape[1]:
+        raise GeometryError(
+            f"{name}: a grouped convolution has r / groups columns in lora_B, and no gauge."
+        )
+    point = LoRAPoint(b * scaling, a)
     try:
         gauged = to_gauge(point, gauge)
     except GaugeError as error:
@@ -92,8 +98,8 @@ def regauge_factors(
     rank = int(point.numerical_rank())
     if rank == 0:
         return lora_B.detach(), lora_A.detach(), gauged.G, 0
-    b = (gauged.point.B / scaling).to(lora_B.dtype)
-    a = gauged.point.A.to(lora_A.dtype)
+    b = (gauged.point.B / scaling).to(lora_B.dtype).reshape(lora_B.shape)
+    a = gauged.point.A.to(lora_A.dtype).reshape(lora_A.shape)
     if not bool(b.isfinite().all() and a.isfinite().all()):
         raise NonFiniteError(
             f"{name}: the factors of the gauge {gauge} exceed the range of {lora_B.dtype}.",

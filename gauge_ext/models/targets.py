@@ -12,6 +12,7 @@ from gauge_ext.adapters import patterns
 from gauge_ext.adapters.config import LoRAConfig
 from gauge_ext.adapters.registry import unsupported_reason, variant_for
 from gauge_ext.errors import TargetError
+from gauge_ext.models.whole import saved_modules
 
 # Where transformers keeps the head of a sequence classifier, which "all-linear" leaves out for the
 # task SEQ_CLS, as PEFT does: a fresh head has to be trained whole.
@@ -27,7 +28,7 @@ class TargetMatch:
 
     Attributes:
         layers: The layers to be adapted, by path, in the model's order.
-        skipped: Layers that "all-linear" left out -> why.
+        skipped: Layers that "all-linear" or ``modules_to_save`` left out -> why.
         unmatched: Names in ``target_modules`` that no module answers to.
     """
 
@@ -52,6 +53,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
             hint="Put it into an nn.Sequential, or use gauge_ext.adapters.adapt.",
         )
     named = [(n, module) for n, module in model.named_modules() if n and config.selects(n)]
+    whole = saved_modules(model, config)
     layers: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     if config.is_all_linear:
@@ -60,19 +62,26 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
             variant = variant_for(module)
             if not (variant.is_linear if variant else isinstance(module, nn.Linear)):
                 continue
-            if reason := heads.get(module) or blocker(model, name, module):
+            if (
+                reason := _trained_whole(name, whole)
+                or heads.get(module)
+                or blocker(model, name, module)
+            ):
                 skipped[name] = reason
             else:
-                layers[name] = module
+                layers |= _with_companions(name, module)
     else:
         for name, module in named:
+            if reason := _trained_whole(name, whole):
+                skipped[name] = reason
+                continue
             if reason := blocker(model, name, module):
                 raise TargetError(
                     f"target_modules {_shown(config)} names {name!r}, which cannot carry an "
                     f"adapter: {reason}.",
                     hint=_children_hint(name, module),
                 )
-            layers[name] = module
+            layers |= _with_companions(name, module)
     unmatched = _unmatched(model, config)
     if not layers:
         raise TargetError(
@@ -81,6 +90,17 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
             hint=nearest_hint(model, unmatched),
         )
     return TargetMatch(layers, skipped, unmatched)
+
+
+def _with_companions(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    variant = variant_for(module)
+    inside = variant.companions if variant is not None else ()
+    return {name: module} | {f"{name}.{path}": module.get_submodule(path) for path in inside}
+
+
+def _trained_whole(name: str, modules: Iterable[str]) -> str | None:
+    inside = any(name == module or name.startswith(f"{module}.") for module in modules)
+    return "modules_to_save has it trained whole" if inside else None
 
 
 def blocker(model: nn.Module, name: str, module: nn.Module) -> str | None:
@@ -93,7 +113,9 @@ def blocker(model: nn.Module, name: str, module: nn.Module) -> str | None:
 
 def nearest_hint(model: nn.Module, wanted: Iterable[str]) -> str:
     """Name the layers that come nearest to ``wanted``, and those that there are."""
-    paths = [n for n, m in model.named_modules() if n and unsupported_reason(m) is None]
+    able = [(n, m) for n, m in model.named_modules() if n and unsupported_reason(m) is None]
+    linear = [n for n, m in able if (variant := variant_for(m)) and variant.is_linear]
+    paths = linear or [n for n, _ in able]
     if not paths:
         return "The model has no layer that can carry an adapter."
     tails = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))

@@ -26,6 +26,8 @@ class LayerCase:
     inputs: Callable[[], Tensor]
     product: Callable[[Tensor, Tensor], Tensor]
     weight_name: str = "weight"
+    axis: int = 0  # of the outputs, in the weight
+    without: tuple[str, ...] = ()  # what this layer cannot have
 
     def adapted(
         self, dtype: torch.dtype = torch.float64, **spec: object
@@ -45,8 +47,20 @@ class LayerCase:
         """Return the base with ``W + s·B·A``, summed in float64."""
         twin = copy.deepcopy(base).double()
         delta = self.product(layer.lora_B.detach().double(), layer.lora_A.detach().double())
+        weight = twin.get_parameter(self.weight_name)
         with torch.no_grad():
-            twin.get_parameter(self.weight_name).add_(layer.scaling * delta)
+            if delta.shape != weight.shape:  # groups: the same convolution with zeros written out
+                weight = twin.weight = nn.Parameter(_without_groups(twin))
+            weight.add_(layer.scaling * delta)
+            gain = torch.ones(weight.shape[self.axis], dtype=torch.float64)
+            if "lora_magnitude" in layer.adapter_parameters():
+                others = [axis for axis in range(weight.dim()) if axis != self.axis]
+                gain = layer.lora_magnitude.double().flatten() / weight.square().sum(others).sqrt()
+                shape = [-1 if axis == self.axis else 1 for axis in range(weight.dim())]
+                weight.mul_(gain.view(shape))
+            if "lora_bias" in layer.adapter_parameters():
+                shift = gain * layer.scaling * layer.lora_bias.double()
+                twin.bias = nn.Parameter(shift if twin.bias is None else twin.bias + shift)
         return twin
 
 
@@ -68,6 +82,27 @@ def _conv1d_of_transformers() -> nn.Module:
     return layer
 
 
+def _without_groups(layer: nn.Module) -> Tensor:
+    weight = layer.weight.detach()
+    groups, layer.groups = layer.groups, 1
+    rows = weight.shape[0] // groups
+    dense = weight.new_zeros(weight.shape[0], weight.shape[1] * groups, *weight.shape[2:])
+    for out in range(weight.shape[0]):
+        first = out // rows * weight.shape[1]
+        dense[out, first : first + weight.shape[1]] = weight[out]
+    return dense
+
+
+def _conv(b: Tensor, a: Tensor) -> Tensor:
+    return torch.einsum("or,ri...->oi...", b.flatten(1), a)
+
+
+def _grouped_conv(b: Tensor, a: Tensor) -> Tensor:
+    """Two groups, of which each sees half of the r channels."""
+    out, rank = b.shape[0] // 2, a.shape[0] // 2
+    return torch.cat([_conv(b[:out], a[:rank]), _conv(b[out:], a[rank:])])
+
+
 CASES = [
     LayerCase("linear", lambda: nn.Linear(6, 5), lambda: torch.randn(2, 3, 6), _matrix),
     LayerCase(
@@ -78,5 +113,43 @@ CASES = [
         _conv1d_of_transformers,
         lambda: torch.randn(2, 3, 6),
         lambda b, a: torch.einsum("or,ri->io", b, a),
+        axis=1,
+    ),
+    LayerCase(
+        "embedding",
+        lambda: nn.Embedding(7, 5, padding_idx=0),
+        lambda: torch.tensor([[1, 2, 6], [2, 3, 1]]),
+        lambda b, a: torch.einsum("dr,rv->vd", b, a),
+        axis=1,
+        without=("lora_bias",),
+    ),
+    LayerCase(
+        "conv1d, strided",
+        lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False),
+        lambda: torch.randn(2, 4, 9),
+        _conv,
+    ),
+    LayerCase("conv1d, one place", lambda: nn.Conv1d(4, 6, 1), lambda: torch.randn(4, 5), _conv),
+    LayerCase(
+        "conv2d, dilated and circular",
+        lambda: nn.Conv2d(3, 4, (3, 2), padding=2, dilation=(2, 1), padding_mode="circular"),
+        lambda: torch.randn(1, 3, 4, 3),
+        _conv,
+    ),
+    LayerCase(
+        "conv2d, same and reflected",
+        lambda: nn.Conv2d(3, 4, 3, padding="same", dilation=2, padding_mode="reflect"),
+        lambda: torch.randn(1, 3, 4, 4),
+        _conv,
+    ),
+    LayerCase(
+        "conv2d, two groups",
+        lambda: nn.Conv2d(4, 6, 3, padding="same", groups=2),
+        lambda: torch.randn(1, 4, 3, 4),
+        _grouped_conv,
+        without=("use_dora",),
+    ),
+    LayerCase(
+        "conv3d", lambda: nn.Conv3d(2, 3, 2, padding=1), lambda: torch.randn(1, 2, 3, 3, 3), _conv
     ),
 ]

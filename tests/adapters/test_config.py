@@ -52,7 +52,7 @@ from gauge_ext.errors import ConfigError, GaugeError
         ({"layers_to_transform": 1}, "layers_to_transform needs a list of names"),
         ({"target_modules": "a", "layers_to_transform": [1]}, "needs a list of names"),
         ({"target_modules": ["a"], "layers_pattern": "h"}, "needs layers_to_transform"),
-        ({"init": "pissa"}, "init must be 'kaiming' or 'gaussian', got 'pissa'"),
+        ({"init": "pissa_niter_0"}, "init must be kaiming or gaussian or orthogonal or pissa"),
         ({"adapter_dtype": torch.int8}, "adapter_dtype must be one of"),
         ({"adapter_dtype": "float32"}, "adapter_dtype must be one of"),
         ({"task_type": 3}, "task_type must be a string or None, got 3"),

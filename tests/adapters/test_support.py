@@ -49,9 +49,12 @@ def test_plain_linear_layers_are_supported(dtype: torch.dtype, bias: bool) -> No
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        (nn.Conv1d(2, 2, 1), "it is a torch.nn.modules.conv.Conv1d, and supported are nn.Linear"),
-        (nn.Embedding(3, 2), "torch.nn.modules.sparse.Embedding"),
-        (nn.MultiheadAttention(4, 2), "supported are nn.Linear"),
+        (
+            nn.ConvTranspose1d(2, 2, 1),
+            "it is a torch.nn.modules.conv.ConvTranspose1d, and supported",
+        ),
+        (nn.Embedding(3, 2, max_norm=1.0), "its max_norm rewrites the frozen table"),
+        (nn.MultiheadAttention(4, 2, vdim=3), "its key or value has another size"),
         (nn.MultiheadAttention(4, 2).out_proj, "nn.MultiheadAttention reads the weight"),
         (Subclass(3, 2), "Subclass is a subclass of nn.Linear"),
         (nn.LazyLinear(3), "LazyLinear is a subclass of nn.Linear"),

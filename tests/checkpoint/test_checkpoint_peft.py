@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.checkpoint import load_adapter, read_adapter, save_adapter
 from gauge_ext.errors import AdapterFormatError, ConfigError
-from gauge_ext.models import adapter_parameters, attach, lora_layers, merge
+from gauge_ext.models import adapter_parameters, attach, detach, lora_layers, merge
 
 peft = pytest.importorskip("peft", minversion="0.21")
 
@@ -254,10 +254,6 @@ def test_a_causal_model_with_a_tied_head(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"use_dora": True}, "use_dora = True"),
-        ({"lora_bias": True}, "lora_bias = True"),
-        ({"bias": "lora_only"}, "bias = 'lora_only'"),
-        ({"modules_to_save": ["pooler"]}, "modules_to_save = ['pooler']"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices = [1, 2]"),
@@ -273,27 +269,31 @@ def test_what_peft_really_writes_and_we_lack_is_refused_by_name(
     assert words in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
-def test_an_adapter_on_an_embedding_is_refused_by_name(
-    bert: nn.Module, make_peft_adapter: Make
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of what is tested here
+def test_a_tied_embedding_is_adapted_alone_and_saved_along(
+    llama: nn.Module, token_ids: Tensor, make_peft_adapter: Make, tmp_path: Path
 ) -> None:
-    folder = make_peft_adapter(bert, r=2, target_modules=["query", "word_embeddings"])
-    with pytest.raises(AdapterFormatError, match="an adapter on an embedding"):
-        read_adapter(folder)
-
-
-def test_a_multihead_attention_is_refused(make_peft_adapter: Make) -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.attention(x, x, x)[0]
-
-    folder = make_peft_adapter(Attention(), r=2, target_modules=["attention"])
-    with pytest.raises(AdapterFormatError, match=r"a layer inside nn\.MultiheadAttention"):
-        read_adapter(folder)
+    folder = make_peft_adapter(llama, r=2, lora_alpha=3, target_modules=["q_proj", "embed_tokens"])
+    base = copy.deepcopy(llama)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(llama), folder).eval()
+    load_adapter(llama, folder)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
+    with torch.no_grad():
+        torch.testing.assert_close(llama(token_ids).logits, theirs(token_ids).logits)
+        merge(llama)
+        torch.testing.assert_close(llama(token_ids).logits, theirs(token_ids).logits)
+    # The head keeps the base's table, as long as the embedding is another one.
+    assert torch.equal(llama.lm_head.weight, base.lm_head.weight)
+    save_adapter(llama, tmp_path / "again")
+    written, read = (
+        safetensors.torch.load_file(path / "adapter_model.safetensors")
+        for path in (tmp_path / "again", folder)
+    )
+    assert written.keys() == read.keys()
+    assert any(key.endswith("embed_tokens.base_layer.weight") for key in read)
+    assert all(torch.equal(written[key], read[key]) for key in read)
+    detach(llama)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
 
 
 def test_every_field_that_peft_writes_by_default_is_read(

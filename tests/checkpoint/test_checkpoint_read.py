@@ -153,8 +153,8 @@ def test_a_folder_in_place_of_a_file(make: Make) -> None:
 
 
 def test_a_refused_field_comes_before_the_keys_that_it_explains(make: Make) -> None:
-    folder = make({"use_dora": True}, {"base_model.model.a.q.lora_magnitude_vector": torch.ones(3)})
-    assert "use_dora = True asks for DoRA" in refused(folder, ConfigError)
+    folder = make({"kasa_config": {}}, {"base_model.model.a.q.lora_diag": torch.ones(3)})
+    assert "kasa_config = {} asks for KaSA" in refused(folder, ConfigError)
 
 
 def test_a_rank_that_is_not_the_configs(make: Make) -> None:

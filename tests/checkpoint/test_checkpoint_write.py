@@ -214,7 +214,10 @@ def test_a_layer_that_its_config_does_not_describe_is_not_saved(
 
 @pytest.mark.parametrize(
     ("extra", "words"),
-    [({"x": object()}, "extra must hold what JSON can"), ({"use_dora": True}, "use_dora = True")],
+    [
+        ({"x": object()}, "extra must hold what JSON can"),
+        ({"use_qalora": True}, "use_qalora = True"),
+    ],
 )
 def test_extra_must_be_json_and_honest(
     mlp: nn.Module, tmp_path: Path, extra: dict[str, Any], words: str

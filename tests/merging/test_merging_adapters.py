@@ -293,8 +293,9 @@ def test_half_precision_is_combined_in_double() -> None:
 
 def test_dora_is_refused(bert: nn.Module, make_peft_adapter: Make) -> None:
     folder = make_peft_adapter(bert, **KINDS["plain"][0], use_dora=True)
-    with pytest.raises(ConfigError, match="use_dora"):
-        read_adapter(folder)
+    adapter = read_adapter(folder)
+    with pytest.raises(ConfigError, match="to be combined must have two matrices.*lora_magnitude"):
+        combine([adapter], [1.0])
 
 
 def test_progress_names_each_module() -> None:

@@ -1,0 +1,107 @@
+"""Writes docs/compatibility.md: every feature of PEFT's LoRA, run with PEFT and with ours.
+
+    python docs/make_compatibility.py            writes the table
+    python docs/make_compatibility.py --print    prints it
+
+Each row builds a small float64 model, lets PEFT save a random adapter, reads it here, and compares
+both outputs with W + s B A summed by hand; then it saves the adapter here and compares every key
+and every bit of the file, and lets PEFT read it. The rows are those of the conformance test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import peft  # noqa: TID253 - a script
+import safetensors.torch
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "checkpoint"))
+
+from peft_rows import ROWS, Row, run  # noqa: E402
+
+from gauge_ext.checkpoint import load_adapter, save_adapter  # noqa: E402
+
+TARGET = ROOT / "docs" / "compatibility.md"
+HEAD = """# Compatibility with PEFT {version}
+
+Made by `python docs/make_compatibility.py`, which runs every row in float64; do not edit by hand.
+The reference is the update summed by hand, not PEFT. "difference" is the largest of any output.
+"written alike": every key and every bit of the file that PEFT wrote comes out again.
+
+| feature | ours: difference | PEFT: difference | read | written alike | PEFT reads ours |
+|---|---|---|---|---|---|
+"""
+NOTES = """
+Where PEFT's difference is not rounding:
+
+"""
+
+
+def row_of(row: Row) -> tuple[str, str | None]:
+    """Runs a row; returns its line and, where PEFT is off, a note."""
+    torch.manual_seed(2)
+    theirs = peft.get_peft_model(row.base(), peft.LoraConfig(**copy.deepcopy(row.fields))).eval()
+    with torch.no_grad():
+        for _, parameter in sorted(theirs.named_parameters()):
+            if parameter.requires_grad:
+                parameter.normal_(std=0.4)
+    inputs = row.inputs()
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = Path(folder, "theirs"), Path(folder, "ours")
+        theirs.save_pretrained(first)
+        tensors = safetensors.torch.load_file(first / "adapter_model.safetensors")
+        expected = run(row.expected(row.base(), tensors), inputs)
+        ours = load_adapter(row.base(), first)
+        difference = float((run(ours, inputs) - expected).abs().max())
+        try:
+            theirs_difference = f"{float((run(theirs, inputs) - expected).abs().max()):.0e}"
+        except RuntimeError:
+            theirs_difference = "fails"
+        save_adapter(ours, second)
+        again = safetensors.torch.load_file(second / "adapter_model.safetensors")
+        same = again.keys() == tensors.keys() and all(
+            torch.equal(again[key], tensors[key]) for key in tensors
+        )
+        back = peft.PeftModel.from_pretrained(row.base(), second).eval()
+        state = {k: v for k, v in theirs.state_dict().items() if "lora_" in k}
+        reads = all(torch.equal(back.state_dict()[key], state[key]) for key in state)
+    cells = [
+        row.name,
+        f"{difference:.0e}",
+        theirs_difference,
+        "yes" if difference < 1e-10 else "NO",
+        "yes" if same else "NO",
+        "yes" if reads else "NO",
+    ]
+    return f"| {' | '.join(cells)} |", f"- {row.name}: {row.peft_is}." if row.peft_is else None
+
+
+def table() -> str:
+    """The whole page."""
+    warnings.simplefilter("ignore")
+    lines, notes = zip(*map(row_of, ROWS), strict=True)
+    found = [note for note in notes if note]
+    text = HEAD.format(version=peft.__version__) + "\n".join(lines) + "\n"
+    return text + NOTES + "\n".join(found) + "\n" if found else text
+
+
+def main() -> None:
+    """Writes or prints the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--print", action="store_true", help="print it and write nothing")
+    if parser.parse_args().print:
+        sys.stdout.write(table())
+    else:
+        TARGET.write_text(table(), encoding="utf-8")
+        sys.stdout.write(f"{TARGET}\n")
+
+
+if __name__ == "__main__":
+    main()

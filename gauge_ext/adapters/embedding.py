@@ -1,0 +1,96 @@
+"""``nn.Embedding`` with a low-rank adapter beside its frozen table."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gauge_ext.adapters.layer import AdaptedLayer
+from gauge_ext.adapters.protocol import Kind
+from gauge_ext.adapters.spec import AdapterSpec
+
+
+class LoRAEmbedding(AdaptedLayer, nn.Embedding):
+    r"""An embedding with a LoRA adapter.
+
+    .. math:: y_t = W_t + s\,(A^T)_t\, B^T
+
+    for a token t, with the table W (vocab, dim), ``lora_A`` (r, vocab) and ``lora_B`` (dim, r). An
+    embedding is a linear layer of one-hot inputs, so dropping an input drops the update of a token
+    at its place. A starts at zero and B normal, as in loralib and PEFT.
+
+    ``padding_idx``, ``scale_grad_by_freq`` and ``sparse`` hold for lora_A as they do for a table:
+    the padding token's column gets no gradient, and the gradient is sparse.
+    """
+
+    bases = (nn.Embedding,)
+    base_class: ClassVar[type[nn.Module]] = nn.Embedding
+    kind: ClassVar[Kind] = "embedding"
+    output_axis = 1
+
+    @classmethod
+    def reason_against(cls, module: nn.Module) -> str | None:
+        """Say why ``module`` cannot carry the adapter, or return None where it can."""
+        reason = super().reason_against(module)
+        if reason is None and getattr(module, "max_norm", None) is not None:
+            return "its max_norm rewrites the frozen table in every forward"
+        return reason
+
+    @classmethod
+    def factor_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return ``(rank, vocab)`` and ``(dim, rank)``."""
+        return (rank, module.num_embeddings), (module.embedding_dim, rank)
+
+    @classmethod
+    def reason_against_spec(cls, module: nn.Module, spec: AdapterSpec) -> str | None:
+        """Say why the adapter cannot be as ``spec`` says, or return None where it can."""
+        if spec.lora_bias:
+            return "an embedding has no bias (lora_bias)"
+        return super().reason_against_spec(module, spec)
+
+    def start_factors(self, lora_A: Tensor, lora_B: Tensor, spec: AdapterSpec) -> None:
+        """Fill A with zeros and B with draws of N(0, 1)."""
+        nn.init.zeros_(lora_A)
+        nn.init.normal_(lora_B)
+
+    def product(self, lora_B: Tensor, lora_A: Tensor) -> Tensor:
+        """Return ``(B A)ᵀ``, ``(vocab, dim)``."""
+        return torch.mm(lora_A.mT, lora_B.mT)
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the table transposed, ``(dim, vocab)``, A and B."""
+        return self.weight.mT, self.lora_A, self.lora_B
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the adapted embedding's rows.
+
+        Args:
+            input: Indices, ``(*)``.
+
+        Returns:
+            ``(*, dim)``.
+        """
+        y = self._rows(input, self.weight)
+        if self.merged:
+            return y
+        lora_A = self.lora_A
+        hidden = self._rows(input, lora_A.mT)
+        if self.training and self.dropout_p > 0.0:
+            kept = F.dropout(hidden.new_ones(*input.shape, 1), self.dropout_p)
+            hidden = hidden * kept
+        update = F.linear(hidden, self.lora_B) * self.scaling
+        if self.has_magnitude:
+            return ((y + update) * self.gain()).to(y.dtype)
+        return y + update.to(y.dtype)
+
+    def _rows(self, input: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(
+            input,
+            table,
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+        )

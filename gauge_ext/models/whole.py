@@ -1,0 +1,83 @@
+"""Parameters of the base that are trained whole beside the adapters: modules_to_save and biases.
+
+The base's own Parameter is never trained: a copy takes its place, so that other models that share
+it stay as they are, and :func:`restore` puts the very same object back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import nn
+
+from gauge_ext.adapters import LoRAConfig, patterns
+from gauge_ext.errors import TargetError
+
+
+def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Return the paths of the modules that ``modules_to_save`` names.
+
+    Raises:
+        TargetError: A name means no module.
+    """
+    if config.modules_to_save is None:
+        return []
+    names = [name for name, _ in model.named_modules() if name]
+    for entry in config.modules_to_save:
+        if not any(patterns.name_selects(entry, name) for name in names):
+            raise TargetError(
+                f"modules_to_save names {entry!r}, and no module of {type(model).__name__} is "
+                "called so.",
+                hint="Give the last part of a module's path, such as 'classifier'.",
+            )
+    return [name for name in names if patterns.selects(config.modules_to_save, name)]
+
+
+def chosen(model: nn.Module, config: LoRAConfig, adapted: Collection[str]) -> list[str]:
+    """Return the paths of the parameters that ``config`` wants trained whole.
+
+    Args:
+        model: The model, with or without its adapters.
+        config: Its ``modules_to_save`` and ``bias``.
+        adapted: Paths of the adapted layers.
+    """
+    modules = saved_modules(model, config)
+
+    def wanted(path: str) -> bool:
+        holder, _, name = path.rpartition(".")
+        if any(path.startswith(f"{module}.") for module in modules):
+            return True
+        # As PEFT has it, which also means nn.MultiheadAttention's in_proj_bias.
+        is_bias = "bias" in name and name != "lora_bias"
+        return is_bias and (
+            config.bias == "all" or (config.bias == "lora_only" and holder in adapted)
+        )
+
+    return [path for path, _ in model.named_parameters(remove_duplicate=False) if wanted(path)]
+
+
+def replace(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Put a trainable copy in the place of each parameter; those that were one stay one.
+
+    Returns:
+        Path -> the base's own Parameter, for :func:`restore`.
+    """
+    own: dict[str, nn.Parameter] = {}
+    copies: dict[int, nn.Parameter] = {}
+    for path in paths:
+        base = own[path] = model.get_parameter(path)
+        if id(base) not in copies:
+            copies[id(base)] = nn.Parameter(base.detach().clone(), requires_grad=True)
+        _put(model, path, copies[id(base)])
+    return own
+
+
+def restore(model: nn.Module, own: Mapping[str, nn.Parameter]) -> None:
+    """Put back what :func:`replace` took out."""
+    for path, base in own.items():
+        _put(model, path, base)
+
+
+def _put(model: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    holder, _, name = path.rpartition(".")
+    setattr(model.get_submodule(holder), name, parameter)

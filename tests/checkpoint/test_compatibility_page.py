@@ -1,0 +1,28 @@
+"""The page that docs/make_compatibility.py writes has a line for every row, and no bad one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from peft_rows import ROWS
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
+
+
+def test_the_page_is_that_of_the_rows() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| ") and not line.startswith("| feature")
+    ]
+    assert [cells[0] for cells in table] == [row.name for row in ROWS]
+    for row, (_, ours, theirs, *answers) in zip(ROWS, table, strict=True):
+        assert float(ours) < 1e-10
+        assert answers == ["yes", "yes", "yes"]
+        # A difference of PEFT's is explained, and what is explained is one.
+        assert (theirs == "fails" or float(theirs) > 1e-10) == bool(row.peft_is)
+        note = f"- {row.name}: {row.peft_is}." if row.peft_is else f"- {row.name}:"
+        assert (note in text) == bool(row.peft_is)
+    assert re.search(r"PEFT \d+\.\d+", text)

@@ -1,0 +1,110 @@
+"""Starts from data, against the decompositions done by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gauge_ext
+from gauge_ext.adapters import LoRAConfig
+from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError
+from gauge_ext.models import attach
+from gauge_ext.models.groups import lora_plus_groups
+from gauge_ext.models.starting import (
+    start_from_gradients,
+    start_from_inputs,
+    start_from_residual,
+)
+
+
+def batches() -> list[Tensor]:
+    mix = torch.randn(12, 12, dtype=torch.float64)
+    return [torch.randn(8, 12, dtype=torch.float64) @ mix for _ in range(3)]
+
+
+def run(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch)
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+@pytest.fixture
+def model(mlp: nn.Module) -> nn.Module:
+    return attach(mlp.double(), LoRAConfig(rank=2))
+
+
+def test_eva_takes_the_directions_of_the_inputs(model: nn.Module) -> None:
+    data = batches()
+    expected = model(data[0]).detach()
+    shares = start_from_inputs(model, data, run)
+    _, s, vh = torch.linalg.svd(torch.cat(data), full_matrices=False)
+    a = model.up.lora_A.detach()
+    torch.testing.assert_close(a.T @ a, vh[:2].T @ vh[:2])
+    assert shares["up"] == pytest.approx(float(s[:2].square().sum() / s.square().sum()))
+    torch.testing.assert_close(model(data[0]), expected)
+    assert list(shares) == ["up", "block.down"]
+
+
+def test_lora_ga_starts_in_the_directions_of_the_gradient(mlp: nn.Module) -> None:
+    mlp.double()
+    data, plain = batches(), copy.deepcopy(mlp)
+    sum(loss(plain, batch) for batch in data).backward()
+    u, _, vh = torch.linalg.svd(plain.up.weight.grad, full_matrices=False)
+    attach(mlp, LoRAConfig(rank=2))
+    before = mlp(data[0]).detach()
+    start_from_gradients(mlp, data, loss, gamma=4.0)
+    size = 20**0.25 / 2.0
+    a, b = mlp.up.lora_A.detach(), mlp.up.lora_B.detach()
+    torch.testing.assert_close(a.T @ a, vh[2:4].T @ vh[2:4] * size**2)
+    torch.testing.assert_close(b @ b.T, u[:, :2] @ u[:, :2].T * size**2)
+    torch.testing.assert_close(mlp(data[0]), before)
+    assert not mlp.up.weight.requires_grad
+
+
+def test_a_residual_is_made_up_for_as_well_as_the_rank_allows(model: nn.Module) -> None:
+    wanted = {
+        name: layer.weight.detach() + torch.randn_like(layer.weight)
+        for name, layer in (("up", model.up), ("block.down", model.block["down"]))
+    }
+    left = start_from_residual(model, wanted)
+    gap = wanted["up"] - model.up.weight
+    s = torch.linalg.svdvals(gap)
+    assert left["up"] == pytest.approx(float(s[2:].square().sum() / s.square().sum()))
+    rest = (gap - model.up.delta_weight()).square().sum() / gap.square().sum()
+    assert float(rest) == pytest.approx(left["up"])
+    with pytest.raises(AdapterStateError, match="not fresh"):
+        start_from_residual(model, wanted)
+
+
+def test_what_cannot_be_used(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="no inputs reached 2 adapted layers, such as 'up'"):
+        start_from_inputs(model, [], run)
+    with pytest.raises(ConfigError, match="no gradients reached"):
+        start_from_gradients(model, [], loss)
+    with pytest.raises(ConfigError, match="gamma must be above 0"):
+        start_from_gradients(model, [], loss, gamma=0.0)
+    with pytest.raises(AdapterMismatchError, match="'up' must have shape"):
+        start_from_residual(model, {})
+    with pytest.raises(AdapterStateError, match="no adapters on linear layers"):
+        start_from_inputs(nn.Linear(2, 2), [], run)
+
+
+def test_lora_plus_gives_b_its_own_rate(model: nn.Module) -> None:
+    slow, fast = lora_plus_groups(model, 1e-3, 8.0)
+    assert (slow["lr"], fast["lr"]) == (1e-3, 8e-3)
+    assert {id(p) for p in fast["params"]} == {
+        id(model.up.lora_B),
+        id(model.block["down"].lora_B),
+    }
+    everything = {id(p) for p in gauge_ext.adapter_parameters(model)}
+    assert {id(p) for p in slow["params"] + fast["params"]} == everything
+    torch.optim.AdamW([slow, fast])
+    with pytest.raises(ConfigError, match="ratio must be a number above 0"):
+        lora_plus_groups(model, 1e-3, 0.0)
+    with pytest.raises(AdapterStateError, match="no adapters"):
+        lora_plus_groups(nn.Linear(2, 2), 1e-3)
