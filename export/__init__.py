@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from gauge_ext.export.model_folder import ModelReport
     from gauge_ext.export.patch import PatchedWeight, PatchReport, patch_onnx
     from gauge_ext.export.report import CaseResult, ExportReport, OutputDifference, ValidationReport
+    from gauge_ext.export.seq2seq import export_seq2seq, validate_seq2seq
     from gauge_ext.export.to_onnx import export_onnx
     from gauge_ext.export.tolerance import Tolerance
     from gauge_ext.export.validate import DisagreementError, validate_onnx
@@ -70,9 +71,11 @@ __all__ = [
     "ValidationReport",
     "export_causal_lm",
     "export_onnx",
+    "export_seq2seq",
     "merge_checkpoint",
     "patch_onnx",
     "validate_causal_lm",
     "validate_onnx",
+    "validate_seq2seq",
     "write_onnx_adapter",
 ]

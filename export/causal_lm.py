@@ -17,7 +17,15 @@ from gauge_ext.export.checks import require_packages
 from gauge_ext.export.compare import compare
 from gauge_ext.export.files import staged_folder
 from gauge_ext.export.genai import genai_config
-from gauge_ext.export.model_folder import ModelReport, placed, settle, write_settings
+from gauge_ext.export.model_folder import (
+    ModelReport,
+    placed,
+    report_of,
+    settle,
+    write_manifest,
+    write_settings,
+)
+from gauge_ext.export.proof.subject import Subject
 from gauge_ext.export.report import CaseResult, ValidationReport
 from gauge_ext.export.to_onnx import export_onnx
 from gauge_ext.export.tolerance import Tolerance
@@ -28,7 +36,6 @@ from gauge_ext.export.validate import (
     float_dtypes,
     open_session,
     usual_tolerance,
-    validate_onnx,
 )
 from gauge_ext.models.attach import unwrap
 
@@ -125,20 +132,13 @@ def export_causal_lm(
             for judged in (found, whole):
                 if not judged.passed:
                     raise DisagreementError(placed(judged, folder))
+        graphs = [settle(report, draft, found, whole)]
         genai = genai_config(inner, report.inputs, report.outputs, GRAPH)
         write_settings(
             inner, draft, None if source is None else Path(source), {"genai_config.json": genai}
         )
-        files = sorted(file for file in draft.iterdir() if file.is_file())
-        size = sum(file.stat().st_size for file in files)
-    return ModelReport(
-        path=folder,
-        task="text-generation",
-        graphs=(settle(report, folder, found),),
-        files=tuple(folder / file.name for file in files),
-        bytes_written=size,
-        whole=None if whole is None else placed(whole, folder),
-    )
+        write_manifest(draft, "text-generation")
+        return report_of(draft, folder, "text-generation", graphs, whole)
 
 
 def validate_causal_lm(
@@ -166,22 +166,38 @@ def validate_causal_lm(
         ConfigError: the folder has no such graph, or this is another kind of model.
         ExportError: onnxruntime is missing or cannot load the graph.
     """
+    (steps,) = causal_subjects(Path(folder), model, seed)
+    return (
+        steps.validate(tolerance=tolerance, seed=seed, progress=progress),
+        causal_whole(Path(folder), model, tolerance, seed),
+    )
+
+
+def causal_subjects(folder: Path, model: nn.Module, seed: int) -> list[Subject]:
+    """The graph of a folder, and the step of torch that it has to equal.
+
+    Raises:
+        ConfigError: this is another kind of model.
+        ExportError: its cache is of another kind.
+    """
     inner = unwrap(model)
     inputs = CausalInputs.of(inner)
-    path = Path(folder) / GRAPH
-    steps = validate_onnx(
-        path,
-        causal_step(inner),
-        inputs(_EXAMPLE, torch.Generator().manual_seed(seed)),
-        tolerance=tolerance,
-        random_cases=0,
-        seed=seed,
-        make_inputs=inputs,
-        cases=_CASES,
-        focus=_visible,
-        progress=progress,
-    )
-    return steps, _loop(path, inner, inputs, tolerance, seed)
+    longest = min(32, (Limits.of(inner).positions or 33) - 1)
+    return [
+        Subject(
+            folder / GRAPH,
+            causal_step(inner),
+            inputs(_EXAMPLE, torch.Generator().manual_seed(seed)),
+            make_inputs=inputs,
+            cases=_CASES,
+            focus=_visible,
+            random_cases=0,
+            timed={
+                f"prefill of {longest}": {SEQUENCE: longest, PAST: 0},
+                f"decode 1 after {longest}": {SEQUENCE: 1, PAST: longest},
+            },
+        )
+    ]
 
 
 @dataclass(frozen=True)
@@ -267,12 +283,16 @@ def _visible(name: str, output: Tensor, given: Mapping[str, Tensor]) -> Tensor:
     return output.transpose(1, 2)[mask]
 
 
-def _loop(
-    path: Path, model: nn.Module, inputs: CausalInputs, tolerance: Tolerance | None, seed: int
+def causal_whole(
+    folder: Path, model: nn.Module, tolerance: Tolerance | None, seed: int
 ) -> ValidationReport:
-    """Prefill with left padding, one token, four tokens, each on the present of the one before."""
+    """The graph in a loop against the plain model, which sees all tokens and has no cache.
+
+    Prefill with left padding, one token, four tokens, each on the present of the one before.
+    """
     from gauge_ext.export.generate import DecoderSession
 
+    path, inputs = folder / GRAPH, CausalInputs.of(unwrap(model))
     reference = evaluation_copy(model)
     generator = torch.Generator().manual_seed(seed + 1)
     rows, length = 3, sum(_PIECES)

@@ -113,7 +113,7 @@ class OnnxGenerator:
             if self.is_encoder_decoder
             else None
         )
-        self._start = _start_token(folder) if self.is_encoder_decoder else None
+        self._folder = folder
         found = Sampling.read(folder / "generation_config.json")
         self.sampling = found.updated({"do_sample": False})
 
@@ -180,6 +180,16 @@ class OnnxGenerator:
         tokens, session, mask = self._begin(inputs, attention_mask, decoder_input_ids)
         return session.feed(tokens, mask)
 
+    def decoder(self, inputs: Any, *, attention_mask: Any = None) -> DecoderSession:
+        """The decoder before its first token, with the encoder's result if there is one.
+
+        Args:
+            inputs: As those of :meth:`generate`; without an encoder only their number matters.
+            attention_mask: As that of :meth:`generate`.
+        """
+        first = np.zeros((len(inputs), 1), np.int64) if self.is_encoder_decoder else None
+        return self._begin(inputs, attention_mask, first)[1]
+
     def perplexity(self, tokens: Any, *, window: int = 512) -> float:
         """Perplexity: exp of the mean negative log-likelihood of each token after those before it.
 
@@ -242,7 +252,7 @@ class OnnxGenerator:
             fixed["encoder_attention_mask"] = feeds["attention_mask"]
         batch = source.shape[0]
         if decoder_input_ids is None:
-            tokens = np.full((batch, 1), self._start, np.int64)
+            tokens = np.full((batch, 1), _start_token(self._folder), np.int64)
         else:
             tokens = np.asarray(decoder_input_ids, dtype=np.int64)
         return tokens, DecoderSession(self._decoder, batch, fixed), None

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +20,13 @@ from gauge_ext._version import __version__
 from gauge_ext.adapters import WrappedAdapter
 from gauge_ext.checkpoint import adapter_sha256
 from gauge_ext.errors import ConfigError
+from gauge_ext.export.files import write_errors
 from gauge_ext.export.inputs import Bounds
 from gauge_ext.models import adapters, attached_modules, attachment, lora_layers
 
 if TYPE_CHECKING:
     from gauge_ext.export.graph import Graph
+    from gauge_ext.export.report import ValidationReport
 
 PREFIX = "gauge_ext."
 _WRAPPED_BASE = "base_model."
@@ -64,7 +67,7 @@ def provenance(model: nn.Module, extra: Mapping[str, str] | None = None) -> dict
     for key, value in (extra or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ConfigError(f"provenance must map text to text, got {key!r}: {value!r}.")
-        if key in said or key in {"parameters", "dynamic_dims"}:
+        if key in said or key in {"parameters", "dynamic_dims", "validation"}:
             raise ConfigError(f"provenance: {key!r} is written by gauge_ext itself.")
         said[key] = value
     return said
@@ -88,6 +91,41 @@ def annotate(graph: Graph, said: Mapping[str, str]) -> dict[str, str]:
     for key, value in written.items():
         graph.model.metadata_props[PREFIX + key] = value
     return written
+
+
+def append_metadata(path: Path, entries: Mapping[str, str]) -> None:
+    """Adds metadata to a file that is written already, without reading it.
+
+    Two protobuf messages one after the other are one message, and its lists are the lists of both
+    (Protocol Buffers, "Encoding: Last One Wins"). So the size of the file does not matter.
+
+    Args:
+        path: The ONNX file; external data is not touched.
+        entries: Keys without the prefix, and their text.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    import onnx
+
+    more = onnx.ModelProto()
+    for key, value in entries.items():
+        more.metadata_props.add(key=PREFIX + key, value=value)
+    with write_errors(path), path.open("ab") as file:
+        file.write(more.SerializeToString())
+
+
+def summary(*reports: ValidationReport) -> dict[str, str]:
+    """What validation found, as metadata: ``validation``, JSON with runtime, cases and max_abs.
+
+    The difference is rounded to one digit.
+    """
+    found = {
+        "runtime": reports[0].runtime,
+        "cases": sum(len(report.cases) for report in reports),
+        "max_abs": f"{max(report.max_abs for report in reports):.0e}",
+    }
+    return {"validation": json.dumps(found)}
 
 
 def read_bounds(metadata: Mapping[str, str]) -> Bounds:

@@ -1,22 +1,26 @@
-"""A folder of graphs that generate, with what belongs to them: configs, tokenizer, report."""
+"""A folder of graphs that generate, and what belongs to them: configs, tokenizer, manifest."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gauge_ext._version import __version__
 from gauge_ext.export.files import write_errors
+from gauge_ext.export.metadata import append_metadata, summary
 from gauge_ext.export.report import ExportReport, ValidationReport
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+MANIFEST = "gauge_ext.json"
 # What tokenizers and processors of transformers are made of. Weights and their index stay behind.
 _CARRIED = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -107,13 +111,83 @@ def write_settings(
             (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def settle(report: ExportReport, folder: Path, validation: ValidationReport | None) -> ExportReport:
-    """A draft's report with the paths that its files will have, and what validation found."""
+def settle(
+    report: ExportReport,
+    draft: Path,
+    validation: ValidationReport | None,
+    whole: ValidationReport | None = None,
+) -> ExportReport:
+    """Writes what validation found into a draft, and into its report.
+
+    Args:
+        report: The report of a draft that was not validated as it was written.
+        draft: The folder that the draft is in.
+        validation: What was found about it; None if it was not validated.
+        whole: What was found about it together with others.
+    """
+    if validation is None:
+        return report
+    file = draft / report.path.name
+    said = summary(*(found for found in (validation, whole) if found is not None))
+    append_metadata(file, said)
+    size = sum((draft / part.name).stat().st_size for part in report.files)
     return replace(
         report,
-        path=folder / report.path.name,
-        files=tuple(folder / file.name for file in report.files),
-        validation=None if validation is None else placed(validation, folder),
+        provenance={**report.provenance, **said},
+        bytes_written=size,
+        validation=validation,
+    )
+
+
+def write_manifest(draft: Path, task: str) -> None:
+    """Writes the hash of every file in a folder into its ``gauge_ext.json``.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    with write_errors(draft):
+        files = sorted(file for file in draft.iterdir() if file.is_file())
+        manifest = {
+            "version": __version__,
+            "task": task,
+            "files": {
+                file.name: {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+                for file in files
+            },
+        }
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def report_of(
+    draft: Path,
+    folder: Path,
+    task: str,
+    graphs: Iterable[ExportReport],
+    whole: ValidationReport | None,
+) -> ModelReport:
+    """The report of a finished draft, with the paths that its files will have."""
+    files = sorted(file for file in draft.iterdir() if file.is_file())
+    return ModelReport(
+        path=folder,
+        task=task,
+        graphs=tuple(
+            replace(
+                graph,
+                path=folder / graph.path.name,
+                files=tuple(folder / file.name for file in graph.files),
+                validation=None if graph.validation is None else placed(graph.validation, folder),
+            )
+            for graph in graphs
+        ),
+        files=tuple(folder / file.name for file in files),
+        bytes_written=sum(file.stat().st_size for file in files),
+        whole=None if whole is None else placed(whole, folder),
     )
 
 

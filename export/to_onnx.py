@@ -20,7 +20,7 @@ from gauge_ext.export.checks import require_count, require_exportable, require_p
 from gauge_ext.export.files import require_space, staged_files, write_errors
 from gauge_ext.export.graph import Graph, build_graph, require_opset
 from gauge_ext.export.inputs import bind_inputs, resolve_dynamic_shapes
-from gauge_ext.export.metadata import annotate
+from gauge_ext.export.metadata import annotate, append_metadata, summary
 from gauge_ext.export.metadata import provenance as provenance_of
 from gauge_ext.export.report import ExportReport, ValidationReport
 from gauge_ext.export.tolerance import Tolerance
@@ -174,6 +174,7 @@ def export_onnx(
                     progress=steps.within(0.7, 1.0),
                 )
             found = replace(found, path=path)
+            report = _sign(report, draft, found)
             if not found.passed:
                 raise DisagreementError(found)
     steps.tell("done", 1.0)
@@ -212,6 +213,14 @@ def _save(graph: Graph, draft: Path, target: Path, external_data: bool | None) -
             alignment=_PAGE,
             align_threshold=_PAGE,
         )
+
+
+def _sign(report: ExportReport, draft: Path, found: ValidationReport) -> ExportReport:
+    """Writes what validation found into the file."""
+    said = summary(found)
+    append_metadata(draft, said)
+    size = sum(file.stat().st_size for file in draft.parent.iterdir())
+    return replace(report, provenance={**report.provenance, **said}, bytes_written=size)
 
 
 def _check(path: Path) -> None:

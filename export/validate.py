@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,22 @@ from gauge_ext.models.attach import unwrap
 
 Progress = Callable[[str, float], None]  # what is being done, and the share that is done
 Focus = Callable[[str, Tensor, Mapping[str, Tensor]], Tensor]
+
+
+class Runtime(Protocol):
+    """What runs a graph.
+
+    Attributes:
+        name: Its name and version.
+        seconds: How long the last run took by its own clock; None where ours will do.
+    """
+
+    name: str
+    seconds: float | None
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+        """The outputs asked for, numpy arrays, for inputs by name."""
+        ...
 
 
 class DisagreementError(ValidationError):
@@ -56,6 +72,7 @@ def validate_onnx(
     make_inputs: MakeInputs | None = None,
     cases: Mapping[str, Mapping[str, int]] | None = None,
     focus: Focus | None = None,
+    runtime: Runtime | None = None,
     progress: Progress | None = None,
 ) -> ValidationReport:
     """Compares an ONNX file with a torch model on the example, on other sizes and random inputs.
@@ -76,6 +93,8 @@ def validate_onnx(
             ``make_inputs``.
         focus: Takes the part of an output that means something, where padding leaves the rest
             undefined: ``focus(output's name, output, inputs by name)``, applied to both sides.
+        runtime: What runs the file; onnxruntime by default. Names and shapes of inputs are read by
+            onnxruntime in any case.
         progress: Called with what is being done and the share done.
 
     Returns:
@@ -88,13 +107,15 @@ def validate_onnx(
     require_count("random_cases", random_cases)
     require_packages("onnxruntime")
     path = Path(path)
-    session, runtime = open_session(path)
+    session, runtime_name = open_session(path)
+    run = session.run
+    if runtime is not None:
+        run, runtime_name = runtime.run, runtime.name
     reference = evaluation_copy(model)
     example = bind_inputs(reference, example_inputs)
     metadata = session.get_modelmeta().custom_metadata_map
-    table = AdapterTable.from_metadata(metadata)
-    fixed = {} if table is None else adapter_feeds(table, reference)
-    shapes, feed_names = _match_inputs(session, example, fixed)
+    fixed = fixed_feeds(session, reference)
+    shapes, feed_names = match_inputs(session, example, fixed)
     limits = Limits.of(reference)
     floors = float_dtypes(reference.parameters())
     plans = make_cases(
@@ -121,7 +142,7 @@ def validate_onnx(
             for name, tensor in zip(feed_names, case.inputs.tensors, strict=True)
         }
         try:
-            found = session.run(output_names, feeds | fixed)
+            found = run(output_names, feeds | fixed)
         # onnxruntime's exceptions have no common base but Exception.
         except Exception as error:
             results.append(CaseResult(case.name, case.sizes, (), str(error).strip()))
@@ -145,7 +166,13 @@ def validate_onnx(
         results.append(CaseResult(case.name, case.sizes, tuple(differences)))
     if progress is not None:
         progress("validated", 1.0)
-    return ValidationReport(path, runtime, tuple(results))
+    return ValidationReport(path, runtime_name, tuple(results))
+
+
+def fixed_feeds(session: Any, model: nn.Module) -> dict[str, Any]:
+    """What a graph with inputs for adapters is fed, beside what the model is called with."""
+    table = AdapterTable.from_metadata(session.get_modelmeta().custom_metadata_map)
+    return {} if table is None else dict(adapter_feeds(table, model))
 
 
 def open_session(path: Path) -> tuple[Any, str]:
@@ -212,10 +239,17 @@ def _run_torch(model: nn.Module, case: Case) -> list[tuple[str, Tensor]]:
     return [(name, tensor.detach().cpu()) for name, tensor in output_leaves(result)]
 
 
-def _match_inputs(
+def match_inputs(
     session: Any, example: BoundInputs, fixed: Mapping[str, Any]
 ) -> tuple[list[list[Any]], list[str]]:
-    """Pairs the example's tensors with the graph's inputs: by name, or else by position."""
+    """Pairs the example's tensors with the graph's inputs: by name, or else by position.
+
+    Returns:
+        For each of the example's tensors the shape and the name of its input.
+
+    Raises:
+        ConfigError: there are more or fewer, or one has another shape.
+    """
     shapes = {
         value.name: list(value.shape) for value in session.get_inputs() if value.name not in fixed
     }

@@ -22,6 +22,7 @@ from gauge_ext.cli import (
     onnx_adapter,
     patch,
     regauge,
+    validate,
 )
 
 app = typer.Typer(
@@ -57,7 +58,7 @@ def root(
 for _command in (
     demo.demo,
     export.export,
-    export.validate,
+    validate.validate,
     onnx_adapter.onnx_adapter,
     merge.merge,
     patch.patch,

@@ -1,34 +1,28 @@
-"""``gauge-ext export`` and ``gauge-ext validate``: the road to ONNX, and the check on its own."""
+"""``gauge-ext export``: the road to ONNX."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gauge_ext.cli import options
-from gauge_ext.cli.base import Inputs, add_adapter, check_adapter, example_inputs, load_base
-from gauge_ext.cli.console import stdout, working
-from gauge_ext.cli.files import check_target, write_text
+from gauge_ext.cli.adapted import (
+    Architecture,
+    RandomCases,
+    check_targets,
+    load_adapted,
+    show,
+    tolerance_of,
+)
+from gauge_ext.cli.base import example_inputs
+from gauge_ext.cli.console import working
+from gauge_ext.cli.generating import export_folder, kind_of
 from gauge_ext.cli.problems import OptionError, blame, explains_errors
 from gauge_ext.errors import TargetError, ValidationError, WriteError
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from gauge_ext.export import ExportReport, Tolerance, ValidationReport
-
-Architecture = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CLASS",
-        help="Load a transformers folder as this class (such as BertModel) instead of the one "
-        "that its config names.",
-        show_default=False,
-    ),
-]
 # What to change when an export fails; anything else is the model's.
 _OPTIONS = {WriteError: "--out", ValidationError: "--tolerance", TargetError: "--targets"}
 
@@ -55,12 +49,14 @@ class FactorPrecision(StrEnum):
     INT8 = "int8"
 
 
-RandomCases = Annotated[
-    int,
-    typer.Option(
-        "--random-cases", min=0, metavar="N", help="Random inputs to compare, beside the example."
-    ),
-]
+class Task(StrEnum):
+    """What the graphs are for."""
+
+    AUTO = "auto"
+    PLAIN = "plain"
+    TEXT_GENERATION = "text-generation"
+    SEQ2SEQ = "seq2seq"
+    SPEECH = "speech"
 
 
 @explains_errors
@@ -70,12 +66,22 @@ def export(
         Path,
         typer.Option(
             "--out",
-            metavar="FILE",
-            help="The ONNX file to write. An existing one is replaced only when all went well.",
+            metavar="PATH",
+            help="The ONNX file to write; an existing one is replaced only when all went well. For "
+            "a model that generates, the folder to write; it must be new or empty.",
             show_default=False,
         ),
     ],
     adapter: options.AdapterOption = None,
+    task: Annotated[
+        Task,
+        typer.Option(
+            help="plain: one forward pass, one file. text-generation: a graph with a key-value "
+            "cache, with config and tokenizer in a folder. seq2seq, speech: an encoder and a "
+            "decoder with a cache. auto: what the model is made for if PATH does not end in .onnx, "
+            "else plain.",
+        ),
+    ] = Task.AUTO,
     mode: Annotated[
         Mode,
         typer.Option(
@@ -143,29 +149,58 @@ def export(
 
     The adapter is merged into a copy of its base, exported under the parameters' real names, and
     run in onnxruntime against the unmerged torch model on the example, on other sizes and on random
-    inputs. Only a file that agrees reaches FILE.
+    inputs. Only a file that agrees reaches PATH.
     """
+    single = task is Task.PLAIN or (task is Task.AUTO and out.suffix == ".onnx")
     _check_targets(out, report_file)
     chosen: str | list[str] | None = targets
     if targets is not None and [name.lower() for name in targets] == ["all-linear"]:
         chosen = "all-linear"
-    model, inputs, shapes = _load(
-        base, adapter, architecture, batch, sequence, seed, bare=chosen is not None
-    )
+    loaded = load_adapted(base, adapter, architecture, bare=chosen is not None)
+    if not single and (task is not Task.AUTO or kind_of(loaded.model) is not None):
+        only_for_single = {
+            "--mode": mode is Mode.ADAPTERS,
+            "--batch": batch is not None,
+            "--sequence": sequence is not None,
+            "--static": not dynamic,
+        }
+        for option, given in only_for_single.items():
+            if given:
+                raise OptionError(
+                    option,
+                    "it is for single graphs, and this export is a model that generates.",
+                    hint="Give --task plain, or leave it out.",
+                )
+        export_folder(
+            loaded,
+            out,
+            "seq2seq" if task in {Task.SEQ2SEQ, Task.SPEECH} else task.value,
+            report_file,
+            as_json,
+            opset=opset,
+            external_data=external_data,
+            validate=validate,
+            tolerance=tolerance_of(tolerance),
+            seed=seed,
+        )
+        return
+    check_targets(out=out)
+    with blame("BASE"):
+        inputs, shapes = example_inputs(loaded, batch=batch, sequence=sequence, seed=seed)
     from gauge_ext.export import export_onnx
     from gauge_ext.export.validate import DisagreementError
 
     try:
         with working("exporting") as progress, blame("BASE", _OPTIONS):
             report = export_onnx(
-                model,
+                loaded.model,
                 inputs,
                 out,
                 dynamic_shapes=shapes if dynamic else None,
                 opset=opset,
                 external_data=external_data,
                 validate=validate,
-                tolerance=_tolerance(tolerance),
+                tolerance=tolerance_of(tolerance),
                 random_cases=random_cases,
                 seed=seed,
                 mode=mode.value,
@@ -176,108 +211,11 @@ def export(
             )
     except OptionError as error:
         if isinstance(error.__cause__, DisagreementError):
-            _show(error.__cause__.report, report_file, as_json)
+            show(error.__cause__.report, report_file, as_json)
         raise
-    _show(report, report_file, as_json)
+    show(report, report_file, as_json)
 
 
-@explains_errors
-def validate(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="The ONNX file to check.", show_default=False),
-    ],
-    against: Annotated[
-        str,
-        typer.Option(
-            "--against",
-            metavar="BASE",
-            help="The base model that it was made from: a local transformers folder, or "
-            "module:factory.",
-            show_default=False,
-        ),
-    ],
-    adapter: options.AdapterOption = None,
-    architecture: Architecture = None,
-    batch: options.Batch = None,
-    sequence: options.Sequence = None,
-    tolerance: options.ToleranceOption = None,
-    random_cases: RandomCases = 2,
-    seed: options.Seed = 0,
-    report_file: options.Report = None,
-    as_json: options.Json = False,
-) -> None:
-    """Compare an ONNX file with the torch model it came from.
-
-    The file runs in onnxruntime, the model in torch with the adapter beside its weights. Exits with
-    status 1 when an output differs by more than the tolerance.
-    """
-    if not file.is_file():
-        raise OptionError("FILE", f"no such file: {str(file)!r}.", hint="Give an .onnx file.")
-    _check_targets(None, report_file)
-    model, inputs, _ = _load(
-        against, adapter, architecture, batch, sequence, seed, option="--against"
-    )
-    from gauge_ext.export import validate_onnx
-
-    with working("validating") as progress, blame("FILE"):
-        report = validate_onnx(
-            file,
-            model,
-            inputs,
-            tolerance=_tolerance(tolerance),
-            random_cases=random_cases,
-            seed=seed,
-            progress=progress,
-        )
-    _show(report, report_file, as_json)
-    if not report.passed:
-        failed = sum(not case.passed for case in report.cases)
-        raise OptionError(
-            "--tolerance",
-            f"{str(file)!r} disagrees with torch in {failed} of {len(report.cases)} cases.",
-            hint="Export it again from this base and adapter, or allow a larger difference.",
-        )
-
-
-def _check_targets(out: Path | None, report: Path | None) -> None:
-    for option, target in (("--out", out), ("--report", report)):
-        if target is not None:
-            check_target(target, option)
-
-
-def _load(
-    spec: str,
-    adapter: Path | None,
-    architecture: str | None,
-    batch: int | None,
-    sequence: int | None,
-    seed: int,
-    option: str = "BASE",
-    *,
-    bare: bool = False,
-) -> tuple[nn.Module, Inputs, Any]:
-    """Load the base with its adapter and inputs; the cheap checks come first."""
-    with working("loading"), blame(option):
-        check_adapter(adapter)
-        base = load_base(spec, architecture=architecture)
-        inputs, shapes = example_inputs(base, batch=batch, sequence=sequence, seed=seed)
-        if adapter is not None or not bare:
-            add_adapter(base, adapter)
-    return base.model, inputs, shapes
-
-
-def _tolerance(largest: float | None) -> Tolerance | None:
-    from gauge_ext.export import Tolerance
-
-    return None if largest is None else Tolerance.within(largest)
-
-
-def _show(report: ExportReport | ValidationReport, file: Path | None, as_json: bool) -> None:
-    """Print a report, and write it where ``--report`` says."""
-    if file is not None:
-        write_text(file, report.to_json() + "\n", "--report")
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        report.render(stdout())
+def _check_targets(out: Path, report: Path | None) -> None:
+    """Refuse files that can't be written; what else is written may be a folder."""
+    check_targets(report=report, out=out if out.suffix == ".onnx" else None)

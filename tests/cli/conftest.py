@@ -160,6 +160,12 @@ def _invoke(*arguments: object) -> Result:
     return result
 
 
+@pytest.fixture(scope="session")
+def invoke() -> Callable[..., Result]:
+    """Like ``run``, for fixtures that outlive a test."""
+    return _invoke
+
+
 @pytest.fixture
 def fails(run: Callable[..., Result]) -> Callable[..., str]:
     """Run a command that must fail as users' errors do, and return what it said.

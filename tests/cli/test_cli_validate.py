@@ -36,7 +36,7 @@ def test_the_model_it_was_made_from(
     found = json.loads(result.stdout)
     assert found == json.loads(report.read_text())
     assert found["passed"] is True
-    assert found["cases"][0]["sizes"] == {"batch": 2, "sequence": 16}
+    assert found["validations"][0]["cases"][0]["sizes"] == {"batch": 2, "sequence": 16}
 
 
 def test_a_tolerance_that_is_not_met(

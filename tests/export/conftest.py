@@ -74,6 +74,12 @@ def attach_random(model: nn.Module, **fields: Any) -> nn.Module:
     return model
 
 
+@pytest.fixture(scope="session")
+def attach() -> Callable[..., nn.Module]:
+    """Like ``adapted``, for fixtures that outlive a test."""
+    return attach_random
+
+
 @pytest.fixture
 def adapted() -> Callable[..., nn.Module]:
     """``adapted(model, **LoRAConfig's fields)``: the model with a random adapter on it."""

@@ -65,6 +65,7 @@ def test_the_graph_and_the_folder(exported_llama):
 
     assert sorted(file.name for file in folder.iterdir()) == [
         "config.json",
+        "gauge_ext.json",
         "genai_config.json",
         "generation_config.json",
         "model.onnx",

@@ -1,0 +1,159 @@
+"""What an exported file says about itself, and whether that is true of given files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gauge_ext.errors import ConfigError
+from gauge_ext.export.checks import require_packages
+from gauge_ext.export.metadata import PREFIX, base_sha256
+from gauge_ext.export.model_folder import MANIFEST, file_sha256
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_REST = ("parameters", "dynamic_dims", "adapted_layers", "validation")  # JSON in JSON
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim of a file.
+
+    Attributes:
+        what: What was checked: ``base_sha256``, ``adapter_sha256``, or a file of the manifest.
+        claimed: What the file says; None where it says nothing.
+        found: What is so; None where the file is missing.
+    """
+
+    what: str
+    claimed: str | None
+    found: str | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the two are the same."""
+        return self.claimed is not None and self.claimed == self.found
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The origin of an export.
+
+    Attributes:
+        path: The file or folder.
+        graphs: Name of each graph -> its metadata, keys without prefix.
+        checks: What was compared.
+    """
+
+    path: Path
+    graphs: dict[str, dict[str, str]]
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that was compared is so."""
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for JSON."""
+        return {
+            "path": str(self.path),
+            "graphs": {
+                name: {
+                    key: json.loads(value) if key in _REST else value for key, value in said.items()
+                }
+                for name, said in self.graphs.items()
+            },
+            "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
+            "passed": self.passed,
+        }
+
+
+def read_provenance(path: str | Path) -> Provenance:
+    """Reads the metadata of a file, or of each graph of a folder, whose manifest is checked too.
+
+    Args:
+        path: An ONNX file, or a folder with a ``gauge_ext.json``.
+
+    Returns:
+        What they say. ``checks`` compares the manifest with the folder's files; it is empty for a
+        single file.
+
+    Raises:
+        ConfigError: there is no such file, it is no ONNX file, or nothing in it is from gauge_ext.
+    """
+    path = Path(path)
+    if path.is_file():
+        return Provenance(path, {path.name: _metadata(path)}, ())
+    if not path.is_dir():
+        raise ConfigError(f"there is no file or folder {path}.", hint="Give an exported file.")
+    manifest = path / MANIFEST
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        claims = {str(name): str(entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} has no {MANIFEST} that can be read: {error}.",
+            hint="Give a folder that gauge-ext export wrote, or a file.",
+        ) from error
+    checks = []
+    for name, claimed in claims.items():
+        if Path(name).name != name:
+            raise ConfigError(f"{manifest} names {name!r}, which is not a file of its folder.")
+        file = path / name
+        checks.append(Check(name, claimed, file_sha256(file) if file.is_file() else None))
+    names = sorted(name for name in claims if name.endswith(".onnx") and (path / name).is_file())
+    return Provenance(path, {name: _metadata(path / name) for name in names}, tuple(checks))
+
+
+def check_provenance(
+    said: Provenance, *, model: nn.Module | None = None, adapter_sha256: str | None = None
+) -> Provenance:
+    """Adds the comparison with a base model and with an adapter.
+
+    Args:
+        said: What :func:`read_provenance` read.
+        model: The base, loaded as it was for the export (float32, the same class).
+        adapter_sha256: As :attr:`gauge_ext.checkpoint.AdapterCheckpoint.sha256` of the adapter's
+            folder.
+
+    Returns:
+        The same with more checks, for each graph.
+    """
+    checks = list(said.checks)
+    for name, found in (
+        ("base_sha256", None if model is None else base_sha256(model)),
+        ("adapter_sha256", adapter_sha256),
+    ):
+        if found is None:
+            continue
+        checks += [
+            Check(name if len(said.graphs) == 1 else f"{name} of {graph}", text.get(name), found)
+            for graph, text in said.graphs.items()
+        ]
+    return Provenance(said.path, said.graphs, tuple(checks))
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    require_packages("onnx")
+    import onnx
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    # protobuf's own errors derive from Exception alone.
+    except Exception as error:
+        raise ConfigError(f"{path} is not an ONNX file: {error}.") from error
+    found: Mapping[str, str] = {entry.key: entry.value for entry in model.metadata_props}
+    said = {
+        key.removeprefix(PREFIX): value for key, value in found.items() if key.startswith(PREFIX)
+    }
+    if not said:
+        raise ConfigError(
+            f"{path} says nothing about where it came from.",
+            hint="Only files that gauge-ext wrote do.",
+        )
+    return said

@@ -1,0 +1,144 @@
+"""``export`` and ``validate`` of models that generate, from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import Result
+
+Run = Callable[..., Result]
+Fails = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def llama_source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of a Llama with a tokenizer, and of an adapter for it."""
+    import tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base = tmp_path_factory.mktemp("llama") / "base"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        eos_token_id=7,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).eval().save_pretrained(base)
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(base / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    adapter = tmp_path_factory.mktemp("adapter") / "lora"
+    adapter.mkdir()
+    stem = "base_model.model.model.layers.0.self_attn.v_proj"
+    save_file(
+        {f"{stem}.lora_A.weight": torch.randn(2, 16), f"{stem}.lora_B.weight": torch.randn(8, 2)},
+        adapter / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 1.0, "target_modules": ["v_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps({**fields, "bias": "none"}))
+    return base, adapter
+
+
+@pytest.fixture(scope="session")
+def exported(
+    llama_source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, invoke: Run
+) -> Path:
+    base, adapter = llama_source
+    out = tmp_path_factory.mktemp("out") / "onnx"
+    report = out.with_name("report.json")
+    result = invoke("export", base, "--adapter", adapter, "--out", out, "--report", report)
+    assert result.exit_code == 0, result.output
+    assert json.loads(report.read_text())["task"] == "text-generation"
+    return out
+
+
+def test_the_folder_generates_as_the_merged_model(
+    exported: Path, llama_source: tuple[Path, Path]
+) -> None:
+    from safetensors.torch import load_file
+    from transformers import LlamaForCausalLM
+
+    from gauge_ext.export import OnnxGenerator
+
+    base, adapter = llama_source
+    model = LlamaForCausalLM.from_pretrained(base).eval()
+    lora_A, lora_B = (
+        t for _, t in sorted(load_file(adapter / "adapter_model.safetensors").items())
+    )
+    model.model.layers[0].self_attn.v_proj.weight.data += 0.5 * lora_B @ lora_A
+    ids = torch.tensor([[9, 8, 10], [20, 30, 40]])
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=15, do_sample=False
+    )
+    found = OnnxGenerator(exported).generate(ids, max_new_tokens=15)
+    assert np.array_equal(found, expected.numpy())
+    assert (exported / "tokenizer.json").is_file()
+
+
+def test_validate_a_folder(
+    exported: Path, llama_source: tuple[Path, Path], run: Run, fails: Fails, tmp_path: Path
+) -> None:
+    base, adapter = llama_source
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * i % 50}" for i in range(60)))
+    page = tmp_path / "proof.html"
+    arguments = ("validate", exported, "--against", base, "--adapter", adapter)
+    result = run(*arguments, "--text", text, "--html", page, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["passed"] is True
+    assert found["perplexity"]["tokens"] == 60
+    assert len(found["validations"]) == 2
+    assert "agrees with torch" in page.read_text(encoding="utf-8")
+
+    without = run("export", base, "--out", tmp_path / "x", "--adapter", tmp_path)
+    assert without.exit_code == 1
+    fails("--text", *arguments, "--text", tmp_path / "none.txt")
+    fails("--batch", *arguments, "--batch", 3)
+    said = fails("--tolerance", *arguments, "--tolerance", "1e-14", writes=True)
+    assert "disagrees with torch" in said
+
+
+def test_a_runtime_that_is_not_installed(
+    exported: Path,
+    llama_source: tuple[Path, Path],
+    fails: Fails,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ("validate", exported, "--against", llama_source[0])
+    said = fails("--runtime", *arguments, "--runtime", "onnxruntime-node")
+    assert "node is not on the PATH" in said
+
+
+def test_which_task_it_is(
+    llama_source: tuple[Path, Path], bert_source: Path, fails: Fails, tmp_path: Path
+) -> None:
+    base, adapter = llama_source
+    arguments = ("export", base, "--adapter", adapter, "--out", tmp_path / "out")
+    said = fails("BASE", *arguments, "--task", "seq2seq")
+    assert "decoder_input_ids" in said
+    said = fails("--mode", *arguments, "--mode", "adapters")
+    assert "--task plain" in said
+    said = fails("--batch", *arguments, "--batch", 3)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,121 @@
+"""The same file in other runtimes; what is not installed is skipped and says what is missing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gauge_ext.errors import ConfigError, ExportError
+from gauge_ext.export import export_onnx
+from gauge_ext.export.proof.runtimes import RUNTIMES, missing, open_runtime
+from gauge_ext.export.validate import validate_onnx
+
+
+class Mixed(nn.Module):
+    """Inputs and outputs of several dtypes and ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor, keep: Tensor, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.linear(self.embed(ids) + x)
+        hidden = torch.where(keep[:, :, None], hidden, torch.zeros(()))
+        return {"hidden": hidden, "best": hidden.argmax(-1), "positive": hidden.sum(-1) > 0}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    torch.manual_seed(0)
+    model = Mixed()
+    inputs = (torch.randint(9, (2, 3)), torch.rand(2, 3) < 0.7, torch.randn(2, 3, 4))
+    path = tmp_path_factory.mktemp("mixed") / "m.onnx"
+    axes = {0: "batch", 1: "length"}
+    export_onnx(
+        model, inputs, path, dynamic_shapes=(axes, axes, axes), external_data=True, validate=False
+    )
+    return model, inputs, path
+
+
+@pytest.fixture(params=RUNTIMES)
+def name(request) -> str:
+    why = missing(request.param)
+    if why is not None:
+        pytest.skip(f"{request.param}: {why}")
+    return request.param
+
+
+def test_a_runtime_computes_what_torch_does(name, mixed):
+    model, inputs, path = mixed
+    with open_runtime(name, path) as runtime:
+        assert runtime.name.startswith(name)
+        report = validate_onnx(path, model, inputs, runtime=runtime)
+        assert report.passed, report.failures
+        assert report.runtime == runtime.name
+        assert len(report.cases) == 5
+        # Outputs in the order in which they are asked for.
+        feeds = dict(zip(("ids", "keep", "x"), (t.numpy() for t in inputs), strict=True))
+        best, hidden = runtime.run(["best", "hidden"], feeds)
+    expected = model(*inputs)
+    np.testing.assert_allclose(hidden, expected["hidden"].detach().numpy(), atol=1e-5)
+    assert np.array_equal(best, expected["best"].numpy())
+
+
+def test_a_wrong_model_is_found(name, mixed):
+    model, inputs, path = mixed
+    other = Mixed()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        other.linear.bias += 0.01
+    with open_runtime(name, path) as runtime:
+        assert not validate_onnx(path, other, inputs, runtime=runtime).passed
+
+
+def test_a_file_that_is_no_graph(name, tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"not a graph")
+    with pytest.raises(ExportError), open_runtime(name, path):
+        pass
+
+
+def test_inputs_that_it_refuses(name, mixed):
+    _, inputs, path = mixed
+    feeds = dict(zip(("ids", "keep", "x"), (t.numpy() for t in inputs), strict=True))
+    with open_runtime(name, path) as runtime:
+        with pytest.raises(Exception, match=r"\S"):  # each has its own kind
+            runtime.run(["hidden"], feeds | {"x": feeds["x"][:, :, :3].copy()})
+        assert runtime.run(["hidden"], feeds)[0].shape == (2, 3, 3)  # and goes on
+
+
+def test_a_runtime_that_is_not_there(monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match=r"no runtime 'tensorrt'.*onnxruntime-web"):
+        missing("tensorrt")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert missing("onnxruntime-node") == "node is not on the PATH"
+    with (
+        pytest.raises(ConfigError, match="cannot be used: node is not on the PATH"),
+        open_runtime("onnxruntime-node", tmp_path / "m.onnx"),
+    ):
+        pass
+
+
+def test_where_npm_packages_are_looked_for(monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    node = tmp_path / "bin" / "node"
+    node.write_text("#!/bin/sh\n")
+    node.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("NODE_PATH", str(tmp_path / "modules"))
+    folder = tmp_path / "work" / "deep"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    package = "onnxruntime-web"
+    (tmp_path / "work" / "node_modules" / package).mkdir(parents=True)
+    assert missing(package) is None
+    (tmp_path / "work" / "node_modules" / package).rmdir()
+    assert "npm install onnxruntime-web" in str(missing(package))
+    (tmp_path / "modules" / package).mkdir(parents=True)
+    assert missing(package) is None
