@@ -15,6 +15,8 @@ The order in which to read:
 - :mod:`causal_lm` writes a language model with its key-value cache: :mod:`cached` gives the model
   tensors for a cache, :mod:`generate`, :mod:`choose` and :mod:`sampling` are the loop in
   onnxruntime, :mod:`model_folder` and :mod:`genai` what lies beside the graphs.
+- :mod:`quantize` stores a graph in fewer bits: :mod:`quantize_methods` says how,
+  :mod:`quantize_loss` what it costs.
 - :mod:`merge` and :mod:`base_folder` merge an adapter into a folder of weights, without ONNX.
 
 Importing this imports nothing else: torch, onnx and onnxruntime are asked for when they are used.
@@ -39,6 +41,12 @@ if TYPE_CHECKING:
     from gauge_ext.export.generate import OnnxGenerator
     from gauge_ext.export.merge import MergeReport, merge_checkpoint
     from gauge_ext.export.model_folder import ModelReport
+    from gauge_ext.export.quantize import (
+        QuantizationLossError,
+        QuantizationReport,
+        quantize_onnx,
+    )
+    from gauge_ext.export.quantize_methods import QuantizationOptions
     from gauge_ext.export.report import CaseResult, ExportReport, OutputDifference, ValidationReport
     from gauge_ext.export.to_onnx import export_onnx
     from gauge_ext.export.tolerance import Tolerance
@@ -56,11 +64,15 @@ __all__ = [
     "ModelReport",
     "OnnxGenerator",
     "OutputDifference",
+    "QuantizationLossError",
+    "QuantizationOptions",
+    "QuantizationReport",
     "Tolerance",
     "ValidationReport",
     "export_causal_lm",
     "export_onnx",
     "merge_checkpoint",
+    "quantize_onnx",
     "validate_causal_lm",
     "validate_onnx",
     "write_onnx_adapter",

@@ -20,6 +20,7 @@ from gauge_ext.cli import (
     inspect,
     merge,
     onnx_adapter,
+    quantize,
     regauge,
 )
 
@@ -58,6 +59,7 @@ for _command in (
     export.export,
     export.validate,
     onnx_adapter.onnx_adapter,
+    quantize.quantize,
     merge.merge,
     extract.extract,
     combine.combine,
