@@ -23,6 +23,8 @@ The order in which to read:
   weight lies, :mod:`onnx_copy` writes it anew around some of them. :mod:`sites` finds its linear
   layers, :mod:`homes` and :mod:`likeness` which module is which, :mod:`verify_patch` and
   :mod:`feeds` prove the result in onnxruntime.
+- :mod:`quantize` stores a graph in fewer bits: :mod:`quantize_methods` says how,
+  :mod:`quantize_loss` what it costs.
 
 Importing this imports nothing else: torch, onnx and onnxruntime are asked for when they are used.
 """
@@ -47,6 +49,12 @@ if TYPE_CHECKING:
     from gauge_ext.export.merge import MergeReport, merge_checkpoint
     from gauge_ext.export.model_folder import ModelReport
     from gauge_ext.export.patch import PatchedWeight, PatchReport, patch_onnx
+    from gauge_ext.export.quantize import (
+        QuantizationLossError,
+        QuantizationReport,
+        quantize_onnx,
+    )
+    from gauge_ext.export.quantize_methods import QuantizationOptions
     from gauge_ext.export.report import CaseResult, ExportReport, OutputDifference, ValidationReport
     from gauge_ext.export.seq2seq import export_seq2seq, validate_seq2seq
     from gauge_ext.export.to_onnx import export_onnx
@@ -67,6 +75,9 @@ __all__ = [
     "OutputDifference",
     "PatchReport",
     "PatchedWeight",
+    "QuantizationLossError",
+    "QuantizationOptions",
+    "QuantizationReport",
     "Tolerance",
     "ValidationReport",
     "export_causal_lm",
@@ -74,6 +85,7 @@ __all__ = [
     "export_seq2seq",
     "merge_checkpoint",
     "patch_onnx",
+    "quantize_onnx",
     "validate_causal_lm",
     "validate_onnx",
     "validate_seq2seq",

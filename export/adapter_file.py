@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gauge_ext._version import __version__
-from gauge_ext.errors import ConfigError
+from gauge_ext.errors import AdapterMismatchError, ConfigError
 from gauge_ext.export.adapter_read import SUFFIX, TENSORS, VERSION_KEY
 from gauge_ext.export.adapter_table import AdapterTable, Arrays, decode, encode
 from gauge_ext.export.checks import require_packages
@@ -196,6 +196,10 @@ def effective_factors(
     if isinstance(adapter, str | os.PathLike):
         adapter = read_adapter(adapter)
     if isinstance(adapter, AdapterCheckpoint):
+        for name, pair in adapter.tensors.items():
+            _require_plain(name, vars(pair))
+        if whole := getattr(adapter, "whole", None):
+            raise _no_pair(next(iter(whole)), "a weight that was trained whole")
         factors = {
             name: _scaled(pair.lora_A, pair.lora_B, adapter.config.scaling_for(name))
             for name, pair in adapter.tensors.items()
@@ -204,10 +208,30 @@ def effective_factors(
     layers = lora_layers(adapter)
     if not layers:
         adapter_config(adapter)  # says what is wrong where nothing is attached
+    for name, layer in layers.items():
+        found = {k: t for k, t in layer.state_dict().items() if k.startswith("lora_")}
+        _require_plain(name, found)
     factors = {
         name: _scaled(layer.lora_A, layer.lora_B, layer.scaling) for name, layer in layers.items()
     }
     return factors, adapter_sha256(adapter), f"the adapter on this {type(adapter).__name__}"
+
+
+def _require_plain(name: str, parts: Mapping[str, Any]) -> None:
+    """Refuses an adapter that is more than two matrices."""
+    for key, part in parts.items():
+        if key not in {"lora_A", "lora_B", "kind"} and part is not None:
+            raise _no_pair(name, f"{key} beside its factors")
+    if parts.get("kind", "linear") != "linear" or parts["lora_A"].dim() != 2:
+        raise _no_pair(name, "factors that are no matrices of a linear layer")
+
+
+def _no_pair(name: str, what: str) -> AdapterMismatchError:
+    return AdapterMismatchError(
+        f"the adapter has {what} at {name!r} (such as DoRA, an embedding, a convolution or a "
+        "trained bias), which inputs for two factors cannot carry.",
+        hint="Merge it: export with mode='merged'.",
+    )
 
 
 def _scaled(lora_A: Any, lora_B: Any, scaling: float) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gauge_ext.errors import ConfigError
@@ -35,6 +36,11 @@ class Case:
     name: str
     sizes: dict[str, int]
     inputs: BoundInputs
+
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        """The tensors as onnxruntime takes them, in the order of the graph's inputs."""
+        return [tensor.detach().cpu().numpy() for tensor in self.inputs.tensors]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gauge_ext.export.quantize import QuantizationReport
+
 
 @dataclass(frozen=True)
 class OutputDifference:
@@ -168,6 +170,7 @@ class ExportReport:
         seconds: Step -> wall time.
         validation: What validation found; None if it was switched off.
         adapter_inputs: Name -> shape of the inputs for adapters; empty where they are merged.
+        quantization: What fewer bits cost; None in float32.
     """
 
     path: Path
@@ -181,6 +184,7 @@ class ExportReport:
     seconds: dict[str, float] = field(default_factory=dict)
     validation: ValidationReport | None = None
     adapter_inputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
+    quantization: QuantizationReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
@@ -196,6 +200,7 @@ class ExportReport:
             "provenance": dict(self.provenance),
             "seconds": {step: round(value, 3) for step, value in self.seconds.items()},
             "validation": None if self.validation is None else self.validation.to_dict(),
+            "quantization": None if self.quantization is None else self.quantization.to_dict(),
         }
 
     def to_json(self) -> str:
@@ -228,6 +233,8 @@ class ExportReport:
             console.print(Text("not validated: validation was switched off", style="yellow"))
         else:
             self.validation.render(console)
+        if self.quantization is not None:
+            self.quantization.render(console)
 
 
 def _sizes(sizes: dict[str, int]) -> str:

@@ -9,19 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from gauge_ext.errors import ConfigError, ExportError
 from gauge_ext.export.adapter_graph import open_inputs, open_layers, require_choice
 from gauge_ext.export.adapter_table import AdapterForm, AdapterPrecision
 from gauge_ext.export.adapter_validate import validate_adapters
-from gauge_ext.export.cases import MakeInputs
+from gauge_ext.export.cases import MakeInputs, make_cases
 from gauge_ext.export.checks import require_count, require_exportable, require_packages
 from gauge_ext.export.files import require_space, staged_files, write_errors
 from gauge_ext.export.graph import Graph, build_graph, require_opset
 from gauge_ext.export.inputs import bind_inputs, resolve_dynamic_shapes
 from gauge_ext.export.metadata import annotate, append_metadata, summary
 from gauge_ext.export.metadata import provenance as provenance_of
+from gauge_ext.export.quantize import QuantizationReport, quantize_in_place
+from gauge_ext.export.quantize_methods import Precision, QuantizationOptions, require_precision
 from gauge_ext.export.report import ExportReport, ValidationReport
 from gauge_ext.export.tolerance import Tolerance
 from gauge_ext.export.validate import DisagreementError, Progress, validate_onnx
@@ -55,6 +58,8 @@ def export_onnx(
     adapter_targets: str | Sequence[str] | None = None,
     adapter_form: AdapterForm = "optional",
     adapter_precision: AdapterPrecision | None = None,
+    precision: Precision = "fp32",
+    quantization: QuantizationOptions | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Writes a model with adapters as ONNX, merged or with inputs for them, and proves it right.
@@ -97,6 +102,10 @@ def export_onnx(
             -node, OpenVINO).
         adapter_precision: For ``mode="adapters"``: how factors are stored and fed, "float32",
             "float16" or "int8" (a scale for each of the r components); None for the layers' dtype.
+        precision: How the weights are stored: "fp32" (as they are), "fp16", "int8", "int8-static"
+            or "int4", see :func:`~gauge_ext.export.quantize_onnx`. The merged float32 graph is
+            validated first; then it is quantized, and what that costs is measured against it.
+        quantization: More about that, such as calibration inputs and how much may be lost.
         progress: Called with what is being done and the share done, in [0, 1].
 
     Returns:
@@ -108,13 +117,15 @@ def export_onnx(
         NonFiniteError: a weight, a factor or a merged weight holds NaN or infinity.
         ExportError: torch cannot trace or translate the model, onnxruntime cannot load the
             result, or a package is missing.
-        ValidationError: onnxruntime and torch disagree; its ``report`` says where.
+        ValidationError: onnxruntime and torch disagree; its ``report`` says where. Or fewer bits
+            lose more than ``quantization.tolerance``.
         WriteError: the target cannot be written.
     """
     require_packages()
     require_opset(opset)
     require_count("random_cases", random_cases)
     _require_mode(mode, adapter_targets, adapter_form, adapter_precision)
+    _require_quantizable(model, mode, precision, quantization)
     path = Path(path)
     source = unwrap(model)
     example = bind_inputs(source, example_inputs)
@@ -125,6 +136,7 @@ def export_onnx(
     axes = resolve_dynamic_shapes(example, dynamic_shapes)
     steps = _Steps(progress)
     found: ValidationReport | None = None
+    lost: QuantizationReport | None = None
     with staged_files(path) as folder:
         draft = folder / path.name
         with steps.step("merge", "merging a copy", 0.0):
@@ -149,8 +161,8 @@ def export_onnx(
             _save(graph, draft, path, external_data)
         report = ExportReport(
             path=path,
-            files=tuple(path.with_name(file.name) for file in sorted(folder.iterdir())),
-            bytes_written=sum(file.stat().st_size for file in folder.iterdir()),
+            files=(),
+            bytes_written=0,
             opset=opset,
             inputs={k: shape for k, shape in graph.inputs.items() if k not in adapter_inputs},
             outputs=graph.outputs,
@@ -158,6 +170,7 @@ def export_onnx(
             provenance=written,
             adapter_inputs=adapter_inputs,
         )
+        bounds = graph.bounds
         del merged, graph  # the file holds it all now; onnxruntime needs the memory
         if validate:
             with steps.step("validate", "validating", 0.7):
@@ -177,6 +190,30 @@ def export_onnx(
             report = _sign(report, draft, found)
             if not found.passed:
                 raise DisagreementError(found)
+        if precision != "fp32":
+            with steps.step("quantize", f"to {precision}", 0.9):
+                cases = make_cases(
+                    source,
+                    example,
+                    list(report.inputs.values()),
+                    bounds=bounds,
+                    random_cases=random_cases,
+                    seed=seed,
+                    make_inputs=make_inputs,
+                )
+                feeds = (
+                    (case.name, case.sizes, dict(zip(report.inputs, case.arrays, strict=True)))
+                    for case in cases
+                )
+                options = quantization or QuantizationOptions()
+                lost = quantize_in_place(draft, path, precision, options, feeds)
+            report = replace(report, provenance={**report.provenance, "precision": precision})
+        report = replace(
+            report,
+            files=tuple(path.with_name(file.name) for file in sorted(folder.iterdir())),
+            bytes_written=sum(file.stat().st_size for file in folder.iterdir()),
+            quantization=lost,
+        )
     steps.tell("done", 1.0)
     return replace(report, seconds=steps.seconds, validation=found)
 
@@ -190,6 +227,28 @@ def _require_mode(mode: str, targets: object, form: str, precision: str | None) 
             "adapter_targets, adapter_form and adapter_precision are for mode='adapters', got "
             "mode='merged'.",
             hint="Leave them out, or give mode='adapters'.",
+        )
+
+
+def _require_quantizable(
+    model: nn.Module, mode: str, precision: str, options: QuantizationOptions | None
+) -> None:
+    require_precision(precision, options or QuantizationOptions())
+    if precision == "fp32":
+        if options is not None:
+            raise ConfigError("quantization is given, and precision is 'fp32'.")
+        return
+    if mode == "adapters" and precision in {"fp16", "int8-static"}:
+        raise ConfigError(
+            f"precision={precision!r} is for mode='merged', got mode='adapters'.",
+            hint="Use precision='int8' or 'int4' for the base, and adapter_precision for adapters; "
+            "or export model.half() for a base in float16.",
+        )
+    if wide := [n for n, p in model.named_parameters() if p.dtype not in (torch.float32,)]:
+        raise ConfigError(
+            f"precision={precision!r} starts from float32, and {wide[0]!r} is "
+            f"{model.get_parameter(wide[0]).dtype}.",
+            hint="Convert a copy of the model first: model.float().",
         )
 
 

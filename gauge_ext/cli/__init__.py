@@ -21,6 +21,7 @@ from gauge_ext.cli import (
     merge,
     onnx_adapter,
     patch,
+    quantize,
     regauge,
     validate,
 )
@@ -60,6 +61,7 @@ for _command in (
     export.export,
     validate.validate,
     onnx_adapter.onnx_adapter,
+    quantize.quantize,
     merge.merge,
     patch.patch,
     extract.extract,

@@ -21,6 +21,7 @@ from gauge_ext.cli.base import example_inputs
 from gauge_ext.cli.console import working
 from gauge_ext.cli.generating import export_folder, kind_of
 from gauge_ext.cli.problems import OptionError, blame, explains_errors
+from gauge_ext.cli.quantize import quantization_options
 from gauge_ext.errors import TargetError, ValidationError, WriteError
 
 # What to change when an export fails; anything else is the model's.
@@ -112,6 +113,16 @@ def export(
             show_default=False,
         ),
     ] = None,
+    precision: Annotated[
+        options.Precision,
+        typer.Option(help="How the weights are stored, quantized after the merge and measured."),
+    ] = options.Precision.FP32,
+    block_size: options.BlockSize = None,
+    keep: options.Keep = None,
+    calibration: options.Calibration = None,
+    reduce_range: options.ReduceRange = True,
+    min_cosine: options.MinCosine = None,
+    max_loss: options.MaxLoss = None,
     architecture: Architecture = None,
     batch: options.Batch = None,
     sequence: options.Sequence = None,
@@ -153,6 +164,9 @@ def export(
     """
     single = task is Task.PLAIN or (task is Task.AUTO and out.suffix == ".onnx")
     _check_targets(out, report_file)
+    quantization = quantization_options(
+        precision, block_size, keep, calibration, reduce_range, min_cosine, max_loss
+    )
     chosen: str | list[str] | None = targets
     if targets is not None and [name.lower() for name in targets] == ["all-linear"]:
         chosen = "all-linear"
@@ -205,6 +219,8 @@ def export(
                 seed=seed,
                 mode=mode.value,
                 adapter_targets=chosen,
+                precision=precision.value,  # type: ignore[arg-type]
+                quantization=quantization,
                 adapter_form=adapter_form.value,
                 adapter_precision=None if adapter_precision is None else adapter_precision.value,
                 progress=progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -65,5 +66,71 @@ Report = Annotated[
     Path | None,
     typer.Option(
         "--report", metavar="FILE", help="Also write the report as JSON here.", show_default=False
+    ),
+]
+
+
+class Precision(StrEnum):
+    """``gauge_ext.export.quantize_methods.PRECISIONS``, and bf16, refused with a reason."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT8_STATIC = "int8-static"
+    INT4 = "int4"
+    BF16 = "bf16"
+
+
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="For int4: how many weights share a scale: 16, 32, 64, 128 or 256 (default 32).",
+        show_default=False,
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="A weight, a node or a kind of node that stays in float32; may be given several "
+        "times.",
+        show_default=False,
+    ),
+]
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="NPZ",
+        help="For int8-static: inputs by name, like those in use; may be given several times.",
+        show_default=False,
+    ),
+]
+ReduceRange = Annotated[
+    bool,
+    typer.Option(
+        "--reduce-range/--full-range",
+        help="For int8: weights of 7 bits, or of 8, with which sums saturate on x86 CPUs without "
+        "VNNI.",
+    ),
+]
+MinCosine = Annotated[
+    float | None,
+    typer.Option(
+        min=-1.0,
+        max=1.0,
+        metavar="X",
+        help="Fail if an output's cosine with the float32 graph's is lower. Default: report it.",
+        show_default=False,
+    ),
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        metavar="X",
+        help="Fail if an output differs from the float32 graph's by more than X times its "
+        "largest entry. Default: report it.",
+        show_default=False,
     ),
 ]

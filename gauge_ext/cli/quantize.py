@@ -1,0 +1,152 @@
+"""``gauge-ext quantize``: an ONNX file in fewer bits, and what that costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gauge_ext.cli import options
+from gauge_ext.cli.console import stdout, working
+from gauge_ext.cli.files import check_target, write_text
+from gauge_ext.cli.problems import OptionError, blame, explains_errors, first_line
+from gauge_ext.errors import ConfigError, ValidationError, WriteError
+
+if TYPE_CHECKING:
+    from gauge_ext.export import QuantizationOptions
+
+
+@explains_errors
+def quantize(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="The float32 ONNX file.", show_default=False),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE", help="The file to write.", show_default=False),
+    ],
+    precision: Annotated[
+        options.Precision,
+        typer.Option(
+            help="fp16: norms and sums stay float32. int8: weights per channel, activations when "
+            "it runs. int8-static: ranges from --calibration. int4: linear layers, in blocks.",
+        ),
+    ] = options.Precision.INT8,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="NPZ",
+            help="Inputs by name on which the outputs are compared with the float32 file's; may be "
+            "given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    block_size: options.BlockSize = None,
+    keep: options.Keep = None,
+    calibration: options.Calibration = None,
+    reduce_range: options.ReduceRange = True,
+    min_cosine: options.MinCosine = None,
+    max_loss: options.MaxLoss = None,
+    report_file: options.Report = None,
+    as_json: options.Json = False,
+) -> None:
+    """Store an ONNX file's weights in fewer bits, and measure the loss.
+
+    Every weight is read back and compared; the outputs are compared on --inputs. The loss is
+    reported; --min-cosine and --max-loss make it a condition.
+    """
+    check_target(out, "--out")
+    if report_file is not None:
+        check_target(report_file, "--report")
+    if not file.is_file():
+        raise OptionError("FILE", f"no such file: {str(file)!r}.", hint="Give an .onnx file.")
+    if precision is options.Precision.FP32:
+        raise OptionError("--precision", "fp32 is what the file is in.", hint="Choose another.")
+    chosen = quantization_options(
+        precision, block_size, keep, calibration, reduce_range, min_cosine, max_loss
+    )
+    measured = [_read(path, "--inputs") for path in inputs or ()]
+    if chosen is not None and chosen.tolerance is not None and not measured:
+        raise OptionError("--inputs", "not given, so no output can be judged.")
+    from gauge_ext.export import quantize_onnx
+
+    blamed: dict[type[Any], str] = {WriteError: "--out"}
+    blamed[ValidationError] = "--max-loss" if min_cosine is None else "--min-cosine"
+    with working(f"to {precision.value}"), blame("FILE", blamed):
+        report = quantize_onnx(file, out, precision.value, inputs=measured, options=chosen)  # type: ignore[arg-type]
+    if report_file is not None:
+        write_text(report_file, report.to_json() + "\n", "--report")
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        report.render(stdout())
+
+
+def quantization_options(
+    precision: options.Precision,
+    block_size: int | None,
+    keep: list[str] | None,
+    calibration: list[Path] | None,
+    reduce_range: bool,
+    min_cosine: float | None,
+    max_loss: float | None,
+) -> QuantizationOptions | None:
+    """Collect the options about fewer bits; None where none is given for fp32.
+
+    Raises:
+        OptionError: They do not go together, or a file is no set of inputs.
+    """
+    given = {
+        "--block-size": block_size,
+        "--keep": keep,
+        "--calibration": calibration,
+        "--full-range": None if reduce_range else True,
+        "--min-cosine": min_cosine,
+        "--max-loss": max_loss,
+    }
+    if precision is options.Precision.FP32:
+        for option, value in given.items():
+            if value is not None:
+                raise OptionError(option, "it is about --precision, which is fp32.")
+        return None
+    from gauge_ext.export.quantize_methods import QuantizationOptions, require_precision
+    from gauge_ext.export.tolerance import Tolerance
+
+    tolerance = None
+    if min_cosine is not None or max_loss is not None:
+        tolerance = Tolerance(
+            relative=1e300 if max_loss is None else max_loss,
+            cosine=-1.0 if min_cosine is None else min_cosine,
+            top1=0.0,
+        )
+    chosen = QuantizationOptions(
+        calibration=tuple(_read(path, "--calibration") for path in calibration or ()),
+        block_size=32 if block_size is None else block_size,
+        keep=tuple(keep or ()),
+        reduce_range=reduce_range,
+        tolerance=tolerance,
+    )
+    try:
+        require_precision(precision.value, chosen)
+    except ConfigError as error:
+        option = "--block-size" if "block_size" in error.message else "--precision"
+        if "int8-static" in error.message:
+            option = "--calibration"
+        raise OptionError(option, error.message, hint=error.hint) from error
+    return chosen
+
+
+def _read(path: Path, option: str) -> dict[str, Any]:
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return {name: found[name] for name in found.files}
+    except (OSError, ValueError, AttributeError) as error:
+        raise OptionError(
+            option,
+            f"{str(path)!r} is no file of arrays: {first_line(error)}.",
+            hint="Write one with numpy.savez(path, input_ids=...).",
+        ) from error

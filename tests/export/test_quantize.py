@@ -1,0 +1,305 @@
+"""Fewer bits: what is written, what is measured against a plain reading of it, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from gauge_ext.errors import ConfigError, NonFiniteError, ValidationError
+from gauge_ext.export import (
+    QuantizationLossError,
+    QuantizationOptions,
+    Tolerance,
+    export_onnx,
+    quantize_onnx,
+)
+
+WIDTH = 64
+
+
+class Tokens(nn.Module):
+    """An embedding, layers on three axes and on two, a norm, and a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, WIDTH)
+        self.up = nn.Linear(WIDTH, 96)
+        self.down = nn.Linear(96, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.pooled = nn.Linear(WIDTH, 40)
+        self.head = nn.Linear(WIDTH, 50, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.table(ids)
+        x = self.norm(x + self.down(torch.relu(self.up(x))))
+        return {"logits": self.head(x), "pooled": self.pooled(x.mean(1))}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("quantize") / "fp32.onnx"
+    axes = ({0: "batch", 1: "steps"},)
+    ids = torch.randint(50, (3, 7))
+    export_onnx(Tokens(), (ids,), path, dynamic_shapes=axes, validate=False)
+    return path
+
+
+def feeds(seed: int, rows: int = 4, columns: int = 9) -> dict[str, np.ndarray]:
+    return {"ids": np.random.default_rng(seed).integers(0, 50, (rows, columns))}
+
+
+CALIBRATION = QuantizationOptions(calibration=[feeds(seed) for seed in range(4)])
+
+
+def run(path: Path, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return onnxruntime.InferenceSession(str(path)).run(None, inputs)
+
+
+@pytest.mark.parametrize(
+    ("precision", "smaller", "cosine", "error"),
+    [("fp16", 0.7, 0.99999, 1e-3), ("int8", 0.6, 0.99, 2e-2), ("int4", 0.9, 0.97, 0.2)],
+)
+def test_the_report_says_what_is_in_the_file(precision, smaller, cosine, error, made, tmp_path):
+    path = tmp_path / "m.onnx"
+    inputs = [feeds(10), feeds(11, 1, 1)]
+    report = quantize_onnx(made, path, precision, inputs=inputs)
+    assert report.bytes_before == made.stat().st_size
+    assert report.bytes_after == path.stat().st_size < smaller * report.bytes_before
+    assert 0 < report.weight_error < error
+    names = {layer.name for layer in report.layers}
+    assert {"up.weight", "down.weight", "pooled.weight"} <= names
+    # The outputs, measured here with nothing of the package.
+    worst = 0.0
+    for number, case in enumerate(inputs):
+        for name, y, z in zip(("logits", "pooled"), run(made, case), run(path, case), strict=True):
+            found = next(o for o in report.cases[number].outputs if o.name == name)
+            assert found.max_abs == pytest.approx(float(np.abs(y - z).max()), rel=1e-6)
+            alike = float((y * z).sum() / np.linalg.norm(y) / np.linalg.norm(z))
+            assert found.cosine == pytest.approx(alike, abs=1e-6)
+            assert alike > cosine
+            worst = max(worst, found.max_abs)
+    assert report.max_abs == worst > 0
+    assert report.passed
+    said = json.loads(report.to_json())
+    assert said["tolerance"] is None
+    assert said["cases"][0]["outputs"][0]["limit"] is None
+    kept = {p.key: p.value for p in onnx.load(path).metadata_props}
+    assert kept["gauge_ext.precision"] == precision
+    before = {p.key: p.value for p in onnx.load(made).metadata_props}
+    assert before.items() <= kept.items()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weight_errors_by_an_identity(precision, tmp_path):
+    """A layer fed with the unit matrix gives its weight, as stored, as its output."""
+    torch.manual_seed(1)
+    layer = nn.Sequential(nn.Linear(WIDTH, 48, bias=False))
+    exact, path = tmp_path / "fp32.onnx", tmp_path / "m.onnx"
+    unit = np.eye(WIDTH, dtype=np.float32)[None]
+    axes = ({0: "batch", 1: "rows"},)
+    export_onnx(layer, (torch.from_numpy(unit),), exact, dynamic_shapes=axes, validate=False)
+    report = quantize_onnx(exact, path, precision)
+    (loss,) = report.layers
+    stored = run(path, {"input": unit})[0][0]
+    w = layer[0].weight.detach().numpy().T
+    error = np.linalg.norm(stored - w) / np.linalg.norm(w)
+    # 0 and 1 are exact in uint8, so the product is the stored weight.
+    assert loss.error == pytest.approx(error, rel=1e-3)
+    assert loss.max_abs == pytest.approx(float(np.abs(stored - w).max()), rel=1e-3)
+    assert loss.name == "0.weight"
+
+
+def test_static_ranges_come_from_the_calibration(made, tmp_path):
+    report = quantize_onnx(
+        made, tmp_path / "a.onnx", "int8-static", inputs=[feeds(20)], options=CALIBRATION
+    )
+    assert report.cosine > 0.99
+    errors = {layer.name: layer.error for layer in report.layers}
+    assert set(errors) >= {"up.weight", "down.weight", "pooled.weight"}
+    assert 0 < max(errors.values()) < 2e-2
+    kinds = {node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    assert "DynamicQuantizeLinear" not in kinds
+
+
+def test_what_must_stay_in_float32_stays(made, tmp_path):
+    path = tmp_path / "m.onnx"
+    quantize_onnx(made, path, "fp16", options=QuantizationOptions(keep=["up.weight"]))
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+    types |= {t.name: t.data_type for t in model.graph.initializer}
+    norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+    assert types[norm.input[0]] == onnx.TensorProto.FLOAT
+    assert types["up.weight"] == onnx.TensorProto.FLOAT
+    assert types["down.weight"] == onnx.TensorProto.FLOAT16
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT16
+    report = quantize_onnx(made, path, "int4", options=QuantizationOptions(keep=["up.weight"]))
+    assert "up.weight" in report.kept
+    assert "down.weight" not in report.kept
+
+
+def test_seven_bits_for_weights_unless_all_eight_are_asked_for(made, tmp_path):
+    peaks = {}
+    for reduce_range in (True, False):
+        path = tmp_path / "m.onnx"
+        quantize_onnx(made, path, "int8", options=QuantizationOptions(reduce_range=reduce_range))
+        weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+        codes = weights["up.weight_quantized"]
+        assert codes.dtype == np.int8
+        peaks[reduce_range] = int(np.abs(codes.astype(int)).max())
+    assert peaks == {True: 64, False: 127}
+
+
+def test_smaller_blocks_lose_less(made, tmp_path):
+    errors = [
+        quantize_onnx(
+            made, tmp_path / "m.onnx", "int4", options=QuantizationOptions(block_size=size)
+        ).weight_error
+        for size in (16, 32, 64)
+    ]
+    assert errors == sorted(errors)
+    assert errors[0] < 0.9 * errors[-1]
+
+
+def test_a_bar_is_what_the_user_sets(made, tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"before")
+    strict = QuantizationOptions(tolerance=Tolerance(relative=1e-6))
+    with pytest.raises(QuantizationLossError, match="int4 loses more than allowed") as caught:
+        quantize_onnx(made, path, "int4", inputs=[feeds(1)], options=strict)
+    assert isinstance(caught.value, ValidationError)
+    assert caught.value.report.max_abs > 0
+    assert path.read_bytes() == b"before"
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    loose = QuantizationOptions(tolerance=Tolerance(relative=1.0, cosine=0.9, top1=0.0))
+    report = quantize_onnx(made, path, "int4", inputs=[feeds(1)], options=loose)
+    assert report.tolerance == loose.tolerance
+
+
+def test_after_the_merge(adapted, tmp_path):
+    torch.manual_seed(2)
+    model = Tokens()
+    exact = copy.deepcopy(model)
+    adapted(model, target_modules=["up", "down"])
+    for name in ("up", "down"):
+        layer = getattr(model, name)
+        update = layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach()
+        getattr(exact, name).weight.data += update
+    path = tmp_path / "m.onnx"
+    report = export_onnx(
+        model,
+        (torch.randint(50, (3, 7)),),
+        path,
+        dynamic_shapes=({0: "batch", 1: "steps"},),
+        precision="int8",
+    )
+    assert report.validation.passed  # of the float32 graph, at float32's tolerance
+    assert report.validation.max_abs < 1e-4
+    lost = report.quantization
+    assert [case.name for case in lost.cases][:3] == ["example", "smallest", "larger"]
+    assert report.provenance["precision"] == "int8"
+    assert report.files == (path,)
+    assert report.bytes_written == path.stat().st_size
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    assert json.loads(report.to_json())["quantization"]["precision"] == "int8"
+    case = feeds(5)
+    expected = exact(torch.from_numpy(case["ids"]))["pooled"].detach().numpy()
+    found = run(path, case)[1]
+    assert 1e-6 < np.abs(found - expected).max() < 0.5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_quantized_base_with_adapter_inputs(precision, adapted, tmp_path):
+    model = adapted(Tokens(), target_modules=["up"])
+    path = tmp_path / "m.onnx"
+    report = export_onnx(
+        model,
+        (torch.randint(50, (3, 7)),),
+        path,
+        dynamic_shapes=({0: "batch", 1: "steps"},),
+        mode="adapters",
+        precision=precision,
+        random_cases=0,
+    )
+    assert "up.weight" in {layer.name for layer in report.quantization.layers}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options)
+    layer = model.up
+    factors = {
+        "up.lora_A": layer.lora_A.detach().numpy().T,
+        "up.lora_B": layer.scaling * layer.lora_B.detach().numpy().T,
+    }
+    factors = {name: np.ascontiguousarray(array) for name, array in factors.items()}
+    case = feeds(6)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(case["ids"]))["pooled"].numpy()
+    base, found = session.run(["pooled"], case)[0], session.run(["pooled"], case | factors)[0]
+    assert np.abs(found - expected).max() < 0.3 * np.abs(base - expected).max()
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("precision", "options", "match"),
+        [
+            ("bf16", {}, "no bfloat16 MatMul"),
+            ("int3", {}, "must be one of"),
+            ("int8-static", {}, "none are given"),
+            ("int4", {"block_size": 33}, "block_size"),
+        ],
+    )
+    def test_options(self, precision, options, match, made, mlp, tmp_path):
+        chosen = QuantizationOptions(**options)
+        with pytest.raises(ConfigError, match=match):
+            quantize_onnx(made, tmp_path / "m.onnx", precision, options=chosen)
+        with pytest.raises(ConfigError, match=match):
+            export_onnx(
+                mlp,
+                (torch.randn(2, 12),),
+                tmp_path / "m.onnx",
+                precision=precision,
+                quantization=chosen,
+            )
+        assert not list(tmp_path.iterdir())
+
+    def test_modes_dtypes_and_options_that_do_not_go_together(self, mlp, tmp_path):
+        for model, options, match in (
+            (mlp, {"precision": "fp16", "mode": "adapters"}, r"model\.half\(\)"),
+            (mlp, {"quantization": QuantizationOptions()}, "precision is 'fp32'"),
+            (copy.deepcopy(mlp).double(), {"precision": "int8"}, "float64"),
+        ):
+            x = torch.randn(2, 12, dtype=next(model.parameters()).dtype)
+            with pytest.raises(ConfigError, match=match):
+                export_onnx(model, (x,), tmp_path / "m.onnx", **options)
+
+    def test_a_weight_beyond_float16(self, mlp, tmp_path):
+        mlp.up.weight.data[1, 2] = 1e6
+        export_onnx(mlp, (torch.randn(2, 12),), tmp_path / "m.onnx", validate=False)
+        with pytest.raises(NonFiniteError, match=r"up\.weight.*keep="):
+            quantize_onnx(tmp_path / "m.onnx", tmp_path / "half.onnx", "fp16")
+        options = QuantizationOptions(keep=["up.weight"])
+        quantize_onnx(tmp_path / "m.onnx", tmp_path / "half.onnx", "fp16", options=options)
+
+    def test_files_and_inputs(self, made, tmp_path):
+        out = tmp_path / "m.onnx"
+        with pytest.raises(ConfigError, match="no file"):
+            quantize_onnx(tmp_path / "none.onnx", out, "int8")
+        (tmp_path / "bad.onnx").write_bytes(b"bad")
+        with pytest.raises(ConfigError, match=r"bad\.onnx"):
+            quantize_onnx(tmp_path / "bad.onnx", out, "int8")
+        with pytest.raises(ConfigError, match="refuses the inputs 'input 1'"):
+            quantize_onnx(made, out, "int8", inputs=[{"x": np.zeros(3)}])
+        quantize_onnx(made, out, "int8")
+        with pytest.raises(ConfigError, match="in int8 already"):
+            quantize_onnx(out, tmp_path / "again.onnx", "int4")
