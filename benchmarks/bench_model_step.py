@@ -20,6 +20,7 @@ import peft
 import torch
 import transformers
 import typer
+from goals import Goal, render_goals
 from measure import interleaved, machine
 from rich.console import Console
 from rich.table import Table
@@ -183,6 +184,33 @@ def render(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+# Of the step's time over the frozen base model's; of memory beyond the base's, over PEFT's.
+STEP_LIMITS = {"minilm": ("9", 1.07), "llama": ("10", 1.06)}
+SAVED_LIMIT, PEAK_LIMIT = 0.27, 0.11
+PEFT_LIMIT = 2.2
+
+
+def goals_of(rows: list[dict[str, Any]], threads: int) -> list[Goal]:
+    """Return the goals that these figures are measured by: those with dropout on."""
+    goals = []
+    for row in (row for row in rows if row["dropout"] > 0):
+        name, dropout = row["model"], row["dropout"]
+        number, limit = STEP_LIMITS[name]
+        if threads == 1:
+            step = f"{number}  {name} step, p = {dropout}, one thread"
+            goals.append(Goal(step, row["ratio"][OURS], limit))
+        elif name == "minilm":
+            faster = f"9  {name} step, p = {dropout}, {threads} threads: PEFT / ours"
+            goals.append(Goal(faster, row["speedup_over_peft"], PEFT_LIMIT, at_least=True))
+        for title, key, most in (
+            ("11  added saved bytes / PEFT's", "saved_bytes", SAVED_LIMIT),
+            ("12  added peak memory / PEFT's", "peak_growth_bytes", PEAK_LIMIT),
+        ):
+            base, ours, theirs = (row[key][who] for who in (BASE, OURS, PEFT))
+            goals.append(Goal(f"{title}, {name}", (ours - base) / max(theirs - base, 1), most))
+    return goals
+
+
 def main(
     quick: Annotated[bool, typer.Option(help="Fewer layers and rounds.")] = False,
     model: Annotated[list[str] | None, typer.Option(help="minilm, llama; repeatable.")] = None,
@@ -200,13 +228,16 @@ def main(
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
     rows = []
     for name in model or MODELS:
-        for dropout in (0.0, 0.1):
+        for dropout in (0.0, 0.05 if name == "llama" else 0.1):
             with console.status(f"{name}, dropout {dropout}"):
                 shape = (batch, sequence)
                 rows.append(measure(name, quick, dropout, shape, threads, 3 if quick else rounds))
     render(rows, console)
+    goals = goals_of(rows, threads)
+    render_goals(goals, console)
     if json_path is not None:
-        json_path.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
+        found = [goal.as_dict() for goal in goals]
+        json_path.write_text(json.dumps({"machine": facts, "rows": rows, "goals": found}, indent=1))
         console.print(f"Figures written to {json_path}")
 
 

@@ -63,11 +63,11 @@ bool merged_backward(int64_t rows, int64_t in, int64_t out) {
   return rows >= 2 * out && in > 0;
 }
 
-bool small_product(int64_t rows, int64_t in, int64_t out, bool half_precision) {
+bool small_product(int64_t rows) {
   if (const Choice forced = choices().small; forced != Choice::kAuto) {
     return forced == Choice::kAlways;
   }
-  return rows <= 16 && in > 0 && out > 0 && (half_precision || rows > 0);
+  return rows <= 32;
 }
 
 bool native_bfloat16() {
