@@ -20,9 +20,9 @@ The order in which to read:
   from one place of a file (:mod:`spans`) to another, as :mod:`numbers` or as blocks (:mod:`nbits`);
   :mod:`resume` goes on after an interruption.
 - An ONNX file that is not loaded: :mod:`wire` walks its protobuf, :mod:`onnx_file` says where each
-  weight lies, :mod:`onnx_copy` writes it anew around some of them. :mod:`sites` finds its linear
-  layers, :mod:`homes` and :mod:`likeness` which module is which, :mod:`verify_patch` and
-  :mod:`feeds` prove the result in onnxruntime.
+  weight lies, :mod:`splice` and :mod:`onnx_copy` write it anew around some of them. :mod:`sites`
+  finds its linear layers, :mod:`homes` and :mod:`likeness` which module is which,
+  :mod:`verify_patch` and :mod:`feeds` prove the result in onnxruntime.
 - :mod:`quantize` stores a graph in fewer bits: :mod:`quantize_methods` says how,
   :mod:`quantize_loss` what it costs.
 

@@ -12,12 +12,12 @@ import errno
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 from gauge_ext import checkpoint
+from gauge_ext.checkpoint.staging import hidden_folder, replace_file
 from gauge_ext.errors import WriteError
 
 _HINTS = {
@@ -55,9 +55,11 @@ def write_errors(target: Path) -> Iterator[None]:
 def staged_files(target: Path) -> Iterator[Path]:
     """A temporary folder whose files move beside ``target`` when the body ends without an error.
 
-    The body writes ``folder / target.name`` and whatever belongs to it. The other files move
-    first and ``target.name`` last, so that the file that a reader opens appears when all that it
-    refers to is there. If a move fails, what was there before comes back.
+    The body writes ``folder / target.name`` and whatever belongs to it, weights under the name that
+    :func:`data_name` gives. The other files move first and ``target.name`` last, so that the file
+    that a reader opens appears when all that it refers to is there. If a move fails, what was there
+    before comes back; a kill leaves the old file or the new one, whole, and perhaps a hidden folder
+    that the next writer of the same file removes.
 
     Args:
         target: Where the main file shall be; missing parent folders are made, and removed again
@@ -146,17 +148,15 @@ def require_space(target: Path, needed: int) -> None:
 def _folder_beside(target: Path) -> Iterator[Path]:
     parent = target.absolute().parent
     made: list[Path] = []
-    folder: Path | None = None
     done = False
     try:
-        with write_errors(target):
-            _make_parents(parent, made)
-            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
-        yield folder
+        with contextlib.ExitStack() as stack:
+            with write_errors(target):
+                _make_parents(parent, made)
+                folder = stack.enter_context(hidden_folder(parent, target.name))
+            yield folder
         done = True
     finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
         if not done:
             for path in reversed(made):
                 with contextlib.suppress(OSError):  # someone else put a file there meanwhile
@@ -180,23 +180,20 @@ def _move_into_place(folder: Path, target: Path) -> None:
     for file in files:
         file.chmod(mode)
         sync(file)
-    replaced: list[tuple[Path, Path | None]] = []
+    replaced: list[tuple[Path, Path]] = []
     try:
         for file in files[:-1]:
-            place = target.parent / file.name
-            backup: Path | None = None
-            if place.exists():
-                backup = folder / f"replaced.{file.name}"
-                place.rename(backup)
+            place, backup = target.parent / file.name, folder / f"replaced.{file.name}"
             replaced.append((place, backup))
-            file.replace(place)
+            replace_file(file, place, backup)
         sync(target.parent)
         files[-1].replace(target)  # from here on the new model is the one
     except OSError:
         for place, backup in reversed(replaced):
-            place.unlink(missing_ok=True)
-            if backup is not None:
-                backup.rename(place)
+            if backup.exists():
+                backup.replace(place)
+            elif not (folder / place.name).exists():
+                place.unlink(missing_ok=True)
         raise
     sync(target.parent)
     ours = re.compile(rf"{re.escape(target.name)}(\.\d+)?\.data")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from gauge_ext.export.onnx_file import OnnxFile, StoredTensor
 from gauge_ext.export.spans import Span, copy_span, opened, write_all
+from gauge_ext.export.splice import Edit, Hole, splice
 from gauge_ext.export.update import Place
-from gauge_ext.export.wire import Edit, Hole, splice
 
 _PAGE = 4096  # weights that start on a page can be mapped instead of read
 

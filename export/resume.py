@@ -120,8 +120,8 @@ def _prepare(hidden: Path, job: str) -> Stage:
     folder, note = hidden / "new", hidden / _JOB
     if not note.exists() or note.read_text() != job:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
         note.write_text(job)
+    folder.mkdir(exist_ok=True)
     for draft in folder.rglob(f"*{_DRAFT}"):
         draft.unlink()
     return Stage(folder)

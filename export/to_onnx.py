@@ -18,7 +18,7 @@ from gauge_ext.export.adapter_table import AdapterForm, AdapterPrecision
 from gauge_ext.export.adapter_validate import validate_adapters
 from gauge_ext.export.cases import MakeInputs, make_cases
 from gauge_ext.export.checks import require_count, require_exportable, require_packages
-from gauge_ext.export.files import require_space, staged_files, write_errors
+from gauge_ext.export.files import data_name, require_space, staged_files, write_errors
 from gauge_ext.export.graph import Graph, build_graph, require_opset
 from gauge_ext.export.inputs import bind_inputs, resolve_dynamic_shapes
 from gauge_ext.export.metadata import annotate, append_metadata, summary
@@ -268,7 +268,7 @@ def _save(graph: Graph, draft: Path, target: Path, external_data: bool | None) -
         ir.save(
             graph.model,
             draft,
-            external_data=f"{target.name}.data" if external else None,
+            external_data=data_name(target) if external else None,
             alignment=_PAGE,
             align_threshold=_PAGE,
         )

@@ -1,9 +1,8 @@
-"""The protobuf of an ONNX file, read without the weights in it and rewritten around them.
+"""The protobuf of an ONNX file, read without the weights in it.
 
 Protobuf's own parsers hold a whole message in memory, and none is larger than 2 GiB. Here a file is
 walked field by field: weights are stepped over and their place is noted, so that what remains, the
-*skeleton*, is small and goes to the onnx package as any other message. A changed file is the old
-one with some messages exchanged: all other bytes are copied as they are.
+*skeleton*, is small and goes to the onnx package as any other message.
 
 Source: protobuf.dev/programming-guides/encoding, and the field numbers of onnx.proto.
 """
@@ -11,13 +10,12 @@ Source: protobuf.dev/programming-guides/encoding, and the field numbers of onnx.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 from gauge_ext.errors import ConfigError
-from gauge_ext.export.spans import Span, opened, read_into
+from gauge_ext.export.spans import opened, read_into
 
 # Messages that can hold tensors -> their fields that do, by number.
 _FIELDS = {
@@ -254,58 +252,3 @@ def varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
-
-
-@dataclass(frozen=True)
-class Hole:
-    """As many bytes as there were, to be written by somebody else.
-
-    Attributes:
-        span: The bytes of the old file.
-    """
-
-    span: Span
-
-    @property
-    def length(self) -> int:
-        """How many bytes."""
-        return self.span.length
-
-
-Piece = bytes | Span | Hole
-Edit = tuple[tuple[Message, ...], bytes | Hole]  # the messages around and including it; the new
-
-
-def splice(scanned: Scan, edits: Sequence[Edit], appended: bytes = b"") -> list[Piece]:
-    """The file with some messages exchanged, as pieces in order.
-
-    Args:
-        scanned: The file.
-        edits: Which messages, by the chain that leads to them, and what they become. No two may
-            contain each other.
-        appended: Serialized fields of the ModelProto to add; repeated ones come after the old.
-
-    Returns:
-        New bytes, spans of the old file, and the holes among the edits.
-    """
-    ordered = sorted(edits, key=lambda edit: [message.start for message in edit[0]])
-    pieces, _ = _splice(scanned.path, 0, scanned.size, ordered)
-    return [*pieces, appended] if appended else pieces
-
-
-def _splice(path: Path, start: int, end: int, edits: list[Edit]) -> tuple[list[Piece], int]:
-    pieces: list[Piece] = []
-    run = start
-    for message, group in groupby(edits, key=lambda edit: edit[0][0]):
-        within = list(group)
-        inner: list[Piece]
-        if len(within[0][0]) == 1:
-            new = within[0][1]
-            inner, length = [new], new.length if isinstance(new, Hole) else len(new)
-        else:
-            deeper = [(chain[1:], new) for chain, new in within]
-            inner, length = _splice(path, message.start, message.end, deeper)
-        pieces += [Span(path, run, message.length_at - run), varint(length), *inner]
-        run = message.end
-    pieces.append(Span(path, run, end - run))
-    return pieces, sum(len(p) if isinstance(p, bytes) else p.length for p in pieces)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -42,7 +43,6 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(os.path.realpath(target))
     made: list[Path] = []
-    stage: Path | None = None
     try:
         nearest = next(p for p in (final, *final.parents) if p.exists())
         if not nearest.is_dir():
@@ -51,14 +51,13 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         place = final if final.is_dir() else final.parent
         made = [p for p in (place, *place.parents) if not p.exists()]
         place.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=place))
-        # mkdtemp's folder is the owner's alone; the one to be published has the usual rights.
-        fresh = stage / "new"
-        fresh.mkdir()
-        yield fresh
-        _publish(fresh, final, stage / "old")
+        with hidden_folder(place, final.name) as stage:
+            # mkdtemp's folder is the owner's alone; the one to be published has the usual rights.
+            fresh = stage / "new"
+            fresh.mkdir()
+            yield fresh
+            _publish(fresh, final, stage / "old")
     except BaseException as error:
-        _remove(stage)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -68,7 +67,72 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
                 hint=_HINTS.get(error.errno or 0),
             ) from error
         raise
-    _remove(stage)
+
+
+@contextlib.contextmanager
+def hidden_folder(place: Path, name: str) -> Iterator[Path]:
+    """Give an empty hidden folder in ``place``, which is removed at the end.
+
+    Those that a killed process left for the same name are removed first. A folder is in use as long
+    as somebody holds the lock on it, which the system drops with the process.
+
+    Args:
+        place: A folder that exists.
+        name: What it is for.
+
+    Yields:
+        The folder.
+    """
+    prefix, suffix = f".{name}.", ".partial"
+    with _lock(place, wait=True) as alone:
+        for entry in place.iterdir() if alone else ():
+            if entry.name.startswith(prefix) and entry.name.endswith(suffix):
+                _remove_if_abandoned(entry)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=place))
+        held = contextlib.ExitStack()
+        held.enter_context(_lock(folder))
+    with held:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_file(new: Path, place: Path, backup: Path) -> bool:
+    """Put a file in place of another, at once, and keep the other under the name ``backup``.
+
+    Returns:
+        Whether there was another.
+    """
+    there = place.exists()
+    if there:
+        try:
+            backup.hardlink_to(place)
+        except OSError:  # a file system without links
+            shutil.copy2(place, backup)
+    new.replace(place)
+    return there
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock on a folder; say whether it was to be had."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        locked = True
+    except OSError:  # somebody else's, or a file system without locks
+        locked = False
+    try:
+        yield locked
+    finally:
+        os.close(handle)
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    with contextlib.suppress(OSError), _lock(folder) as alone:
+        if alone:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(file: Path, content: bytes) -> None:
@@ -89,6 +153,9 @@ def _publish(fresh: Path, final: Path, old: Path) -> None:
         for entry in sorted(fresh.iterdir()):
             place = final / entry.name
             moved.append(place)
+            if entry.is_file() and (place.is_file() or not place.exists()):
+                replace_file(entry, place, old / entry.name)
+                continue
             if place.exists():
                 place.rename(old / entry.name)
             entry.rename(place)
@@ -99,8 +166,3 @@ def _publish(fresh: Path, final: Path, old: Path) -> None:
             elif place.exists() and not (fresh / place.name).exists():
                 place.unlink()
         raise
-
-
-def _remove(stage: Path | None) -> None:
-    if stage is not None:
-        shutil.rmtree(stage, ignore_errors=True)

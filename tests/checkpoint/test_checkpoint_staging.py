@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gauge_ext.checkpoint import staged_folder
-from gauge_ext.checkpoint.staging import write_bytes
+from gauge_ext.checkpoint.staging import hidden_folder, write_bytes
 from gauge_ext.errors import AdapterFormatError, WriteError
 
 
@@ -155,16 +155,30 @@ def test_a_failure_while_publishing_is_rolled_back(
 ) -> None:
     for name in ("a", "c"):
         (tmp_path / name).write_bytes(b"old")
-    rename = Path.rename
+    replace = Path.replace
 
     def failing(self: Path, to: Path) -> Path:
         if self.parent.name == "new" and self.name == "c":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return rename(self, to)
+        return replace(self, to)
 
-    monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(Path, "replace", failing)
     before = tree(tmp_path)
     with pytest.raises(WriteError, match="Input/output error"):
         fill(tmp_path, dict.fromkeys("abc", b"new"))
     monkeypatch.undo()
     assert tree(tmp_path) == before
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_is_in_use_is_not(tmp_path: Path) -> None:
+    dead = tmp_path / ".out.dead.partial"
+    dead.mkdir()
+    (dead / "huge").write_bytes(b"x")
+    others = [tmp_path / ".out.dead", tmp_path / ".other.dead.partial", tmp_path / "out.partial"]
+    for other in others:
+        other.mkdir()
+    with hidden_folder(tmp_path, "out") as first, hidden_folder(tmp_path, "out") as second:
+        assert not dead.exists()
+        assert first != second
+        assert {*tmp_path.iterdir()} == {first, second, *others}
+    assert {*tmp_path.iterdir()} == {*others}

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from gauge_ext.errors import WriteError
-from gauge_ext.export.files import require_space, staged_files, staged_folder, write_errors
+from gauge_ext.export.files import (
+    data_name,
+    require_space,
+    staged_files,
+    staged_folder,
+    write_errors,
+)
 
 
 def test_files_appear_at_the_end_with_usual_rights(tmp_path, listing):
@@ -32,6 +38,17 @@ def test_files_replace_what_was_there(tmp_path, listing):
             (folder / "m.onnx.data").write_text(text)
     assert listing() == ["m.onnx", "m.onnx.data"]
     assert target.read_text() == (tmp_path / "m.onnx.data").read_text() == "second"
+
+
+def test_a_new_file_of_weights_never_takes_the_place_of_the_old(tmp_path, listing):
+    target = tmp_path / "m.onnx"
+    (tmp_path / "m.onnx.data2").write_text("not ours")
+    for data in ("m.onnx.data", "m.onnx.1.data", "m.onnx.data"):
+        with staged_files(target) as folder:
+            assert data_name(target) == data
+            (folder / "m.onnx").write_text(data)
+            (folder / data_name(target)).write_text("weights")
+        assert listing() == sorted(["m.onnx", data, "m.onnx.data2"])
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])

@@ -363,9 +363,12 @@ def test_square_weights_that_may_lie_either_way(base, llama, make_peft_adapter, 
 
 
 _MEASURED = """
-import resource, sys
+import sys
 import numpy
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not ru_maxrss, which is inherited.
+peak = lambda: next(
+    int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")
+)
 before = peak()
 from gauge_ext.export.merge import merge_checkpoint
 merge_checkpoint(*sys.argv[1:4])
@@ -387,5 +390,5 @@ def test_memory_stays_small(tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (folder / "model.safetensors").stat().st_size > 300 * 2**20
-    assert float(done.stdout) < 64
+    assert 0 < float(done.stdout) < 64
     assert tensors_of(tmp_path / "out")["layers.5.q.weight"].eq(8.0).all()

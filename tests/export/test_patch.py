@@ -244,9 +244,12 @@ def test_another_model(tmp_path):
 
 
 _MEASURED = """
-import resource, sys
+import sys
 import numpy
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not ru_maxrss, which is inherited.
+peak = lambda: next(
+    int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")
+)
 before = peak()
 from gauge_ext.export.patch import patch_onnx
 patch_onnx(*sys.argv[1:4])
@@ -269,4 +272,4 @@ def test_memory_stays_small(external, tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 5 * 4096 * 3072 * 4 > 200 * 2**20
-    assert float(done.stdout) < 64
+    assert 0 < float(done.stdout) < 64

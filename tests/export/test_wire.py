@@ -13,7 +13,8 @@ from onnx_layouts import LAYOUTS, random_weights, write_model
 
 from gauge_ext.errors import ConfigError
 from gauge_ext.export.spans import Span, read
-from gauge_ext.export.wire import Hole, Message, scan, splice, varint
+from gauge_ext.export.splice import Hole, splice
+from gauge_ext.export.wire import Message, scan, varint
 
 SHAPES = {"enc.a": (12, 8), "enc.b": (20, 12), "enc.c": (20, 20), "enc.d": (6, 20)}
 
