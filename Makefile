@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 READY := $(VENV)/.gauge_ext-ready
-CPP_FILES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
+CPP_FILES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # cmake looks for ninja on PATH, where an environment that is not activated has none.
 CMAKE := PATH="$(BIN):$$PATH" cmake
@@ -21,13 +21,14 @@ CTEST := PATH="$(BIN):$$PATH" ctest
 # Nothing here needs a model hub, and no test may wait for one.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup build demo test test-js cpp-test asan lint format clean
+.PHONY: help setup build demo test test-js cpp-test cuda-check asan lint format clean
 
 help:
 	@echo 'make demo      set up, then the whole way on a real model: train, export, validate, search'
 	@echo 'make test      set up, then the Python tests            (PYTEST_ARGS="tests/ops -x")'
 	@echo 'make cpp-test  set up, then the C++ tests'
 	@echo 'make test-js   set up, then graphs in onnxruntime-node and -web (needs node and npm)'
+	@echo 'make cuda-check  compile the CUDA kernels, where there is an nvcc; no GPU is needed'
 	@echo 'make asan      C++ tests and tests/ops under the address and undefined sanitizers'
 	@echo 'make lint      ruff, mypy, clang-format;  make format  repairs what can be'
 	@echo 'make build     recompile what changed under csrc/'
@@ -65,8 +66,13 @@ test-js: build
 
 cpp-test: $(READY)
 	$(CMAKE) --preset debug -DPython_EXECUTABLE=$(PY) --log-level=NOTICE
-	$(CMAKE) --build --preset debug --target gauge_ext_tests
+	$(CMAKE) --build --preset debug --target gauge_ext_tests gauge_ext_cuda_tests
 	$(CTEST) --preset debug
+
+# Everything for the GPU is compiled, nothing linked: an nvcc is enough, torch may be one for the CPU.
+cuda-check: $(READY)
+	$(CMAKE) --preset debug -DPython_EXECUTABLE=$(PY) --log-level=NOTICE
+	$(CMAKE) --build --preset debug --target cuda_check
 
 # The second half runs Python on the sanitized libraries, so the sanitizers' runtimes come first;
 # leaks are Python's own. The ordinary build is put back whatever the tests say.

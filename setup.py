@@ -5,6 +5,7 @@ What is compiled and how stands in CMakeLists.txt alone; pyproject.toml has the 
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11_dir()}",
             f"-DGAUGE_EXT_TORCH={torch.root};{torch.version};{torch.cuda}",
+            f"-DGAUGE_EXT_CUDA={os.environ.get('GAUGE_EXT_CUDA') or 'auto'}",
         )  # fmt: skip
         self.cmake("--build", str(build_dir))
         for extension in self.extensions:

@@ -34,6 +34,9 @@ py::dict build_info() {
   info["openmp"] = _OPENMP;
   info["torch"] = GAUGE_EXT_TORCH_VERSION;
   info["torch_cuda"] = GAUGE_EXT_TORCH_CUDA;
+  info["nvcc"] = GAUGE_EXT_NVCC_VERSION;
+  info["cuda_architectures"] = words(GAUGE_EXT_CUDA_ARCHITECTURES);
+  info["cuda_reason"] = GAUGE_EXT_CUDA_REASON;
   return info;
 }
 

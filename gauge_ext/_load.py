@@ -56,6 +56,11 @@ class ExtensionStatus:
     reason: str | None = None
     mend: str | None = None
 
+    @property
+    def cuda(self) -> bool:
+        """Whether the compiled ops in use have kernels for CUDA tensors too."""
+        return self.compiled and bool(self.build_info.get("cuda_architectures"))
+
 
 @functools.cache
 def load() -> ExtensionStatus:

@@ -99,7 +99,7 @@ def collect() -> dict[str, Any]:
         "extension": _extension(extension),
         "cpu": _cpu(extension),
         "threads": _threads(),
-        "cuda": _cuda(),
+        "cuda": _cuda(extension),
         "missing": missing,
         "healthy": extension.compiled and versions["safetensors"] is not None,
     }
@@ -154,7 +154,9 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, str]]:
     torch_cuda = f"torch built with {cuda['torch']}" if cuda["torch"] else "torch built without"
     rows.append(("CUDA", f"{torch_cuda}; {devices}"))
     rows.append(("nvcc", cuda["nvcc"] or "not found"))
-    rows.append(("CUDA kernels", "none"))
+    architectures = " ".join(cuda["architectures"])
+    kernels = f"for {architectures}" if architectures else f"none: {cuda['reason']}"
+    rows.append(("CUDA kernels", kernels))
     return rows
 
 
@@ -221,7 +223,8 @@ def _threads() -> dict[str, Any]:
     }
 
 
-def _cuda() -> dict[str, Any]:
+def _cuda(extension: ExtensionStatus) -> dict[str, Any]:
+    build = extension.build_info if extension.compiled else {}
     available = torch.cuda.is_available()
     return {
         "torch": torch.version.cuda,
@@ -229,4 +232,9 @@ def _cuda() -> dict[str, Any]:
         if available
         else [],
         "nvcc": shutil.which("nvcc"),
+        "architectures": list(build.get("cuda_architectures", ())) if extension.compiled else [],
+        # Why the build has no kernels for CUDA tensors; empty where it has
+        "reason": build.get("cuda_reason", "")
+        if extension.compiled
+        else "nothing compiled is used",
     }

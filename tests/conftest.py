@@ -60,6 +60,14 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that has kernels; the GPU is skipped where there is none."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
+    return torch.device(request.param)
+
+
 class MLP(nn.Module):
     """Two linear layers, the second without a bias, with a name that repeats at two depths."""
 

@@ -53,6 +53,8 @@ def test_a_compiled_build_is_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
         "capabilities": ("DEFAULT", "AVX2"),
         "torch": "2.13.0",
         "torch_cuda": "13.0",
+        "cuda_architectures": ("8.0", "9.0+PTX"),
+        "cuda_reason": "",
     }
     pretend(
         monkeypatch,
@@ -65,9 +67,24 @@ def test_a_compiled_build_is_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     info = doctor.collect()
     assert info["healthy"]
     shown = rendered(info)
-    for words in ("/x/_ops.so", "GNU 12.2.0, Release", "torch 2.13.0, CUDA 13.0", "DEFAULT AVX2"):
+    for words in (
+        "/x/_ops.so",
+        "GNU 12.2.0, Release",
+        "torch 2.13.0, CUDA 13.0",
+        "DEFAULT AVX2",
+        "for 8.0 9.0+PTX",
+    ):
         assert words in shown
     assert shown.rstrip().endswith("healthy")
+
+
+def test_a_build_without_cuda_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = {**_load.status().build_info, "cuda_architectures": (), "cuda_reason": "No nvcc."}
+    pretend(monkeypatch, compiled=True, build_info=build)
+    info = doctor.collect()
+    assert info["cuda"]["architectures"] == []
+    assert info["cuda"]["reason"] == "No nvcc."
+    assert "none: No nvcc." in rendered(info)
 
 
 def test_no_build_is_not_healthy_and_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,8 @@ def lora_linear(
     the ``(N, r)`` product of x with A are saved for the backward pass.
 
     Args:
-        x: ``(*batch, in)``; float32, float64 or bfloat16 on the CPU. On other devices, for which
-            there are no kernels, the plain-torch formula runs, with the same mask.
+        x: ``(*batch, in)``; float32, float64 or bfloat16, on a CUDA device float16 too. On other
+            devices, or in a build without CUDA, the plain-torch formula runs, with the same mask.
         weight: ``(out, in)``, of x's dtype.
         bias: ``(out)``, of x's dtype, or None.
         lora_A: ``(r, in)``, of x's dtype or float32.
@@ -63,7 +63,9 @@ def lora_linear(
         scaling: s, the factor of the update: alpha / r, or alpha / sqrt(r) with rsLoRA.
         dropout_p: p, the probability that an entry of x is dropped on the adapter's branch; rounded
             to a multiple of 2**-16.
-        seed: ``()`` int64; required where ``dropout_p`` > 0. See :func:`draw_seed`.
+        seed: ``()`` int64; required where ``dropout_p`` > 0. See :func:`draw_seed`. On the CPU, or
+            on x's device: from there it is read when the kernel runs, so that a CUDA graph draws a
+            new mask whenever the seed's memory is written, where one from the CPU stays as it was.
 
     Returns:
         ``(*batch, out)``, of x's dtype.
@@ -72,9 +74,10 @@ def lora_linear(
         RuntimeError: A shape, dtype or device does not fit; the message names the argument, what
             was expected and what came.
     """
-    # There are kernels for the CPU alone; other devices get the formula in their own operators. So
-    # does torch.jit.trace, and with it the legacy ONNX exporter, which writes them down.
-    if not (x.is_cpu or x.is_meta) or torch._C._get_tracing_state() is not None:
+    # A device without kernels gets the formula in its own operators. So does torch.jit.trace, and
+    # with it the legacy ONNX exporter, which writes them down.
+    has_kernels = x.is_cpu or x.is_meta or (x.is_cuda and _CUDA)
+    if not has_kernels or torch._C._get_tracing_state() is not None:
         return reference.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     return cast(Tensor, _op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed))
 
@@ -158,6 +161,7 @@ def _register_fallback() -> torch.library.Library:
     return library
 
 
+_CUDA = _load.load().cuda
 if _load.load().compiled:
     _register_compiled()
 else:

@@ -17,21 +17,9 @@
 #include <cstdint>
 
 #include "math/dropout.h"
+#include "math/storage.h"
 
 namespace gauge_ext {
-
-struct BFloat16Bits {  // bfloat16 as it lies in memory: the upper half of a float32
-  uint16_t bits;
-};
-
-template <typename scalar_t>
-struct AccOf {
-  using type = scalar_t;
-};
-template <>
-struct AccOf<BFloat16Bits> {
-  using type = float;
-};
 
 template <typename scalar_t>
 struct LowRankKernels {
