@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gauge_ext.adapters import LoRAConfig, LoRALinear, adapt
+from gauge_ext.adapters.inits import starts_nonzero
 from gauge_ext.adapters.many import ManyLoRALinear
 from gauge_ext.errors import AdapterStateError, ConfigError, TargetError
 from gauge_ext.models.attach import ROSTER, attach, attachment, lora_layers, unwrap
@@ -248,6 +249,12 @@ def _many(model: nn.Module, name: str | None = None) -> dict[str, ManyLoRALinear
                 "are for nn.Linear layers.",
                 hint="Attach to linear layers alone, with exclude_modules.",
             )
+        if not layer.is_plain:
+            raise TargetError(
+                f"the adapter on {path} has more than two factors (use_dora, lora_bias, or a start "
+                "that is not zero), and several adapters, or none for a while, are for plain ones.",
+                hint="Detach it, or save and merge it.",
+            )
     return {
         path: ManyLoRALinear.adopt(cast("LoRALinear", layer), first)
         for path, layer in layers.items()
@@ -335,3 +342,5 @@ def _require_plain(config: LoRAConfig) -> None:
             raise ConfigError(
                 f"{field}={getattr(config, field)!r} is for a model with a single adapter."
             )
+    if starts_nonzero(config.init):
+        raise ConfigError(f"init={config.init!r} is for a model with a single adapter.")

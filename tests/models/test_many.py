@@ -327,3 +327,16 @@ def test_the_first_adapter_under_a_name_of_its_own() -> None:
     model = add_adapter(bare(), CONFIGS["c"], "mine")
     assert adapter_names(model) == ("mine",)
     assert active_adapters(model) == {"mine": 1.0}
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}, {"init": "olora"}])
+def test_adapters_of_more_than_two_factors_stand_alone(changes: dict[str, object]) -> None:
+    special = LoRAConfig(rank=2, target_modules=["0", "2"], **changes)
+    first = attach(bare(), special)
+    with pytest.raises(TargetError, match="more than two factors"):
+        add_adapter(first, CONFIGS["b"], "b")
+    second = attach(bare(), CONFIGS["default"])
+    with pytest.raises(ConfigError, match="single adapter"):
+        add_adapter(second, special, "b")
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(second(x), attach(bare(), CONFIGS["default"])(x))
