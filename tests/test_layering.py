@@ -19,6 +19,7 @@ LAYERS = (
     ("_load",),
     ("ops",),
     ("geometry", "optim"),
+    ("certify",),
     ("adapters",),
     ("models",),
     ("checkpoint",),
