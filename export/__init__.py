@@ -12,9 +12,12 @@ The order in which to read:
   whose, :mod:`adapter_file` writes adapters that fit, :mod:`adapter_read` reads them,
   :mod:`adapter_session` runs them, :mod:`adapter_mix` adds several up.
   :mod:`adapter_validate` and :mod:`adapter_feeds` prove such a graph.
-- :mod:`causal_lm` writes a language model with its key-value cache: :mod:`cached` gives the model
-  tensors for a cache, :mod:`generate`, :mod:`choose` and :mod:`sampling` are the loop in
-  onnxruntime, :mod:`model_folder` and :mod:`genai` what lies beside the graphs.
+- :mod:`causal_lm` and :mod:`seq2seq` write models that generate with their key-value cache:
+  :mod:`cached` gives a model tensors for a cache, :mod:`generate`, :mod:`choose` and
+  :mod:`sampling` are the loop in onnxruntime, :mod:`model_folder` and :mod:`genai` what lies
+  beside the graphs.
+- :mod:`proof` compares runtimes, speed, memory and text, on one page; :mod:`provenance` reads and
+  checks what a file says about itself.
 - :mod:`merge` (into a folder of weights, :mod:`base_folder`) and :mod:`patch` (into an ONNX file)
   need no torch. :mod:`adapter_arrays` reads adapters; :mod:`update` adds them to weights on the way
   from one place of a file (:mod:`spans`) to another, as :mod:`numbers` or as blocks (:mod:`nbits`);
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from gauge_ext.export.merge import MergeReport, merge_checkpoint
     from gauge_ext.export.model_folder import ModelReport
     from gauge_ext.export.patch import PatchedWeight, PatchReport, patch_onnx
+    from gauge_ext.export.provenance import Provenance, check_provenance, read_provenance
     from gauge_ext.export.quantize import (
         QuantizationLossError,
         QuantizationReport,
@@ -75,17 +79,20 @@ __all__ = [
     "OutputDifference",
     "PatchReport",
     "PatchedWeight",
+    "Provenance",
     "QuantizationLossError",
     "QuantizationOptions",
     "QuantizationReport",
     "Tolerance",
     "ValidationReport",
+    "check_provenance",
     "export_causal_lm",
     "export_onnx",
     "export_seq2seq",
     "merge_checkpoint",
     "patch_onnx",
     "quantize_onnx",
+    "read_provenance",
     "validate_causal_lm",
     "validate_onnx",
     "validate_seq2seq",

@@ -174,6 +174,7 @@ def export(
     if not single and (task is not Task.AUTO or kind_of(loaded.model) is not None):
         only_for_single = {
             "--mode": mode is Mode.ADAPTERS,
+            "--precision": precision.value != "fp32",
             "--batch": batch is not None,
             "--sequence": sequence is not None,
             "--static": not dynamic,

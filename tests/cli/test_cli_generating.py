@@ -1,8 +1,9 @@
-"""``export`` and ``validate`` of models that generate, from the command line."""
+"""``export``, ``validate`` and ``provenance`` of models that generate, from the command line."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,6 +132,29 @@ def test_a_runtime_that_is_not_installed(
     assert "node is not on the PATH" in said
 
 
+def test_provenance(
+    exported: Path, llama_source: tuple[Path, Path], run: Run, fails: Fails, tmp_path: Path
+) -> None:
+    base, adapter = llama_source
+    result = run("provenance", exported, "--base", base, "--adapter", adapter)
+    assert result.exit_code == 0, result.output
+    assert "differs" not in result.stdout
+    assert result.stdout.count("as it says") >= 6
+    found = json.loads(run("provenance", exported / "model.onnx", "--json").stdout)
+    assert found["graphs"]["model.onnx"]["task"] == "text-generation"
+
+    damaged = shutil.copytree(exported, tmp_path / "copy")
+    (damaged / "config.json").write_text("{}")
+    assert "config.json" in fails("FILE", "provenance", damaged, writes=True)
+    other = shutil.copytree(adapter, tmp_path / "other")
+    tensors = other / "adapter_model.safetensors"
+    data = bytearray(tensors.read_bytes())
+    data[-1] ^= 1
+    tensors.write_bytes(data)
+    fails("--adapter", "provenance", exported, "--adapter", other, writes=True)
+    fails("FILE", "provenance", tmp_path / "none.onnx")
+
+
 def test_which_task_it_is(
     llama_source: tuple[Path, Path], bert_source: Path, fails: Fails, tmp_path: Path
 ) -> None:
@@ -140,5 +164,6 @@ def test_which_task_it_is(
     assert "decoder_input_ids" in said
     said = fails("--mode", *arguments, "--mode", "adapters")
     assert "--task plain" in said
+    fails("--precision", *arguments, "--precision", "int8")
     said = fails("--batch", *arguments, "--batch", 3)
     assert not (tmp_path / "out").exists()
