@@ -96,7 +96,7 @@ class ManyLoRALinear(LoRALinear):
             torch.empty(shape, dtype=dtype, device=weight.device)
             for shape in self.factor_shapes(self, spec.rank)
         )
-        self.start_factors(a, b, spec.init)
+        self.start_factors(a, b, spec)
         self.slots[name] = AdapterSlot(
             nn.Parameter(a), nn.Parameter(b), float(spec.scaling), float(spec.dropout)
         )
