@@ -131,7 +131,7 @@ class ManyLoRALinear(LoRALinear):
             return F.linear(input, self.weight, self.bias)
         if self.rows is not None:
             return self._by_rows(input, *self.rows)
-        chosen = [(self.adapter(name), weight) for name, weight in self._present()]
+        chosen = [(self.adapter(name), weight) for name, weight in self.present()]
         if not chosen:
             return F.linear(input, self.weight, self.bias)
         dropout_p, seed = self._dropout([adapter for adapter, _ in chosen]), None
@@ -166,7 +166,8 @@ class ManyLoRALinear(LoRALinear):
             index,
         )
 
-    def _present(self) -> list[tuple[str, float]]:
+    def present(self) -> list[tuple[str, float]]:
+        """Return the names and weights of the active adapters that this layer has."""
         return [(name, w) for name, w in self.active if name == self.own_name or name in self.slots]
 
     def _dropout(self, adapters: Iterable[LoRALinear | AdapterSlot]) -> float:
@@ -196,7 +197,7 @@ class ManyLoRALinear(LoRALinear):
             self.weight.dtype, *(p.dtype for p in self.adapter_parameters().values())
         )
         total = torch.zeros_like(self.weight, dtype=dtype)
-        for name, weight in self._present():
+        for name, weight in self.present():
             adapter = self.adapter(name)
             scale = adapter.scaling * weight
             total.addmm_(adapter.lora_B.to(dtype), adapter.lora_A.to(dtype), alpha=scale)

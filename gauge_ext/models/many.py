@@ -243,11 +243,11 @@ def _many(model: nn.Module, name: str | None = None) -> dict[str, ManyLoRALinear
     first = next(iter(_roster(model)))
     layers = lora_layers(model)
     for path, layer in layers.items():
-        if not isinstance(layer, LoRALinear):
+        if not isinstance(layer, LoRALinear) or not layer.is_plain:
             raise TargetError(
                 f"{path} is a {type(layer).__name__}, and several adapters, or none for a while, "
-                "are for nn.Linear layers.",
-                hint="Attach to linear layers alone, with exclude_modules.",
+                "are for nn.Linear layers with two factors and nothing else.",
+                hint="Attach to linear layers alone, without DoRA, lora_bias or a nonzero start.",
             )
         if not layer.is_plain:
             raise TargetError(
@@ -337,6 +337,8 @@ def _require_unmerged(model: nn.Module) -> None:
 def _require_plain(config: LoRAConfig) -> None:
     if not isinstance(config, LoRAConfig):
         raise ConfigError(f"config must be a LoRAConfig, got a {type(config).__name__}.")
+    if config.init not in ("kaiming", "gaussian"):
+        raise ConfigError(f"init={config.init!r} is for a model with a single adapter.")
     for field, plain in (("use_dora", False), ("lora_bias", False), ("bias", "none")):
         if getattr(config, field, plain) != plain:
             raise ConfigError(

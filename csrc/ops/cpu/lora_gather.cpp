@@ -139,13 +139,8 @@ struct Factors {
         B(lora_B.to(c10::CppTypeToScalarType<acc_t>::value).contiguous()),
         transposed(static_cast<size_t>(lora_B.numel())),
         rank(lora_A.size(0)) {
-    const acc_t* from = B.template const_data_ptr<acc_t>();
-    const int64_t out = lora_B.size(0);
-    for (int64_t o = 0; o < out; ++o) {
-      for (int64_t j = 0; j < rank; ++j) {
-        transposed[static_cast<size_t>(j * out + o)] = from[o * rank + j];
-      }
-    }
+    low_rank_kernels<acc_t>().transpose(B.template const_data_ptr<acc_t>(), lora_B.size(0), rank,
+                                        acc_t(1), transposed.data());
   }
 
   const acc_t* right_A() const { return A.template const_data_ptr<acc_t>(); }
