@@ -20,7 +20,6 @@ from gauge_ext.models.attach import (
     named_adapter_parameters,
     whole_parameters,
 )
-from gauge_ext.models.groups import lora_plus_groups
 from gauge_ext.models.merge import is_merged, merge, merged_copy, unmerge
 from gauge_ext.models.regauge import regauge_model, regauge_optimizer_state
 from gauge_ext.models.targets import TargetMatch, find_targets
@@ -38,7 +37,6 @@ __all__ = [
     "find_targets",
     "is_merged",
     "lora_layers",
-    "lora_plus_groups",
     "merge",
     "merged_copy",
     "named_adapter_parameters",

@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import gauge_ext
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError
 from gauge_ext.models import attach
-from gauge_ext.models.groups import lora_plus_groups
 from gauge_ext.models.starting import (
     start_from_gradients,
     start_from_inputs,
@@ -92,19 +90,3 @@ def test_what_cannot_be_used(model: nn.Module) -> None:
         start_from_residual(model, {})
     with pytest.raises(AdapterStateError, match="no adapters on linear layers"):
         start_from_inputs(nn.Linear(2, 2), [], run)
-
-
-def test_lora_plus_gives_b_its_own_rate(model: nn.Module) -> None:
-    slow, fast = lora_plus_groups(model, 1e-3, 8.0)
-    assert (slow["lr"], fast["lr"]) == (1e-3, 8e-3)
-    assert {id(p) for p in fast["params"]} == {
-        id(model.up.lora_B),
-        id(model.block["down"].lora_B),
-    }
-    everything = {id(p) for p in gauge_ext.adapter_parameters(model)}
-    assert {id(p) for p in slow["params"] + fast["params"]} == everything
-    torch.optim.AdamW([slow, fast])
-    with pytest.raises(ConfigError, match="ratio must be a number above 0"):
-        lora_plus_groups(model, 1e-3, 0.0)
-    with pytest.raises(AdapterStateError, match="no adapters"):
-        lora_plus_groups(nn.Linear(2, 2), 1e-3)
