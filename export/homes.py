@@ -8,7 +8,7 @@ wrong weight gives a model that runs and is wrong.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gauge_ext.errors import AdapterMismatchError
@@ -158,20 +158,25 @@ def _refuse_shared(file: OnnxFile, found: Sites, homes: Sequence[Home]) -> None:
             )
     for home in homes:
         uses = list(found.other_uses.get(home.site.tensor, ()))
-        paths = {
-            path
-            for site in found.sites
-            if site.tensor == home.site.tensor
-            for path in (*site.paths.get("scope", ()), *site.paths.get("node", ()))
-        }
-        if len(paths) > 1:
-            uses += sorted(paths)
+        callers = _callers(site for site in found.sites if site.tensor == home.site.tensor)
+        if len(callers) > 1:
+            uses += sorted(callers)
         if uses:
             raise AdapterMismatchError(
                 f"{home.site.tensor!r} in {file.path}, the weight of {home.module!r}, is tied: "
                 f"it is used by {', '.join(uses[:_SHOWN])} too, and they would change with it.",
                 hint="Export the base with the two untied, or merge in torch (gauge-ext export).",
             )
+
+
+def _callers(sites: Iterable[Site]) -> set[str]:
+    """The modules that multiply with one weight; one that is called several times is one."""
+    said = [site.paths.get("scope") or site.paths.get("node") for site in sites]
+    paths = {path for names in said if names for path in names}
+    # torch's older exporter numbers the calls after the first: a, a_1, a_2.
+    return {
+        p for p in paths if (first := re.sub(r"_\d+(?=\.|$)", "", p)) == p or first not in paths
+    }
 
 
 def _homeless(

@@ -189,16 +189,35 @@ def test_one_module_that_is_called_twice_is_one_weight(tmp_path):
     weights = random_weights({"m.a": (8, 8)})
     path = write_model(tmp_path / "b.onnx", weights, ["legacy"])
     model = onnx.load(str(path))
-    again = helper.make_node("MatMul", ["h0", "onnx::MatMul_60"], ["z"], name="/m/a_1/MatMul")
-    again.name = "/m/a/MatMul_1"
-    model.graph.node.append(again)
+    model.graph.node.append(helper.make_node("MatMul", ["h0", "onnx::MatMul_60"], ["z"]))
     model.graph.output[0].name = "z"
-    onnx.save(model, str(path))
-    assert found(path, {"m.a": (8, 8)})["m.a"][0] == "onnx::MatMul_60"
-    model.graph.node[-1].name = "/m/b/MatMul"
-    onnx.save(model, str(path))
-    with pytest.raises(AdapterMismatchError, match=r"is tied: it is used by m\.a, m\.b"):
-        found(path, {"m.a": (8, 8)})
+    for name in ("/m/a_1/MatMul", "/m/a/MatMul_1"):
+        model.graph.node[-1].name = name
+        onnx.save(model, str(path))
+        assert found(path, {"m.a": (8, 8)})["m.a"][0] == "onnx::MatMul_60"
+    for name, other in (("/m/b/MatMul", "b"), ("/m/b_1/MatMul", "b_1")):
+        model.graph.node[-1].name = name
+        onnx.save(model, str(path))
+        with pytest.raises(AdapterMismatchError, match=rf"is tied.*used by m\.a, m\.{other} too"):
+            found(path, {"m.a": (8, 8)})
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_a_module_that_torch_calls_twice(dynamo, tmp_path):
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = torch.nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q(torch.relu(self.q(x)))
+
+    path = tmp_path / "t.onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: None)
+        x = torch.randn(2, 3, 8)
+        torch.onnx.export(Twice().eval(), (x,), path, dynamo=dynamo, verbose=False)
+    assert len(found(path, {"q": (8, 8)})) == 1
 
 
 def test_a_graph_without_linear_layers(tmp_path):
