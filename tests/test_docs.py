@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 MATH = ROOT / "docs" / "math.md"
+TRAINING = ROOT / "docs" / "training.md"
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
@@ -31,7 +32,11 @@ def _default_dtype() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_default_dtype")
-@pytest.mark.parametrize(("page", "least"), [(README, 2), (MATH, 12)], ids=["README", "math"])
+@pytest.mark.parametrize(
+    ("page", "least"),
+    [(README, 2), (MATH, 12), (TRAINING, 7)],
+    ids=["README", "math", "training"],
+)
 def test_every_block_of_a_page_runs_after_those_before_it(
     page: Path, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,7 +49,7 @@ def test_every_block_of_a_page_runs_after_those_before_it(
         exec(compile("\n" * line + code, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("page", [README, MATH], ids=["README", "math"])
+@pytest.mark.parametrize("page", [README, MATH, TRAINING], ids=["README", "math", "training"])
 def test_a_page_names_no_module_or_file_that_does_not_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`((?:tests|docs|gauge_ext)/[\w/.]+)`", text)
