@@ -100,6 +100,8 @@ class AdapterInspection:
         layers: One entry an adapted layer.
         comparisons: One entry for each other adapter that was given.
         findings: What readers of the file would refuse or misread.
+        notes: What the adapter does beside scaling * lora_B @ lora_A, which is all that the numbers
+            are about.
     """
 
     path: Path
@@ -108,6 +110,7 @@ class AdapterInspection:
     layers: tuple[LayerInspection, ...]
     comparisons: tuple[Comparison, ...] = ()
     findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -152,6 +155,7 @@ class AdapterInspection:
                 for other in self.comparisons
             ],
             "findings": [asdict(finding) for finding in self.findings],
+            "notes": list(self.notes),
         }
 
     def rounding(self, format_name: str) -> Mapping[str, float]:
@@ -211,11 +215,12 @@ def inspect_adapter(
         if progress is not None:
             progress(f"inspecting {name}", done / len(checkpoint.tensors))
         scaling = checkpoint.config.scaling_for(name)
-        factors = (pair.lora_A, pair.lora_B)
+        # The kernel of a convolution is as wide as all that it multiplies.
+        factors = (pair.lora_A.flatten(1), pair.lora_B.flatten(1))
         layers.append(
             LayerInspection(
                 name=name,
-                in_features=pair.lora_A.shape[1],
+                in_features=factors[0].shape[1],
                 out_features=pair.lora_B.shape[0],
                 rank=pair.lora_A.shape[0],
                 alpha=checkpoint.config.alpha_for(name),
@@ -236,7 +241,19 @@ def inspect_adapter(
         layers=tuple(layers),
         comparisons=comparisons,
         findings=findings,
+        notes=_notes(checkpoint.raw_config),
     )
+
+
+def _notes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    notes = []
+    if config.get("use_dora"):
+        notes.append("DoRA scales each row of W + ΔW to a trained length, which is not in ΔW.")
+    if saved := config.get("modules_to_save"):
+        notes.append(f"Trained whole, and not in ΔW: {', '.join(map(str, saved))}.")
+    if config.get("lora_bias") or config.get("bias") not in (None, "none"):
+        notes.append("Biases were trained too, and are not in ΔW.")
+    return tuple(notes)
 
 
 def _finite(value: float) -> float | None:

@@ -77,6 +77,8 @@ def render(
         f"({', '.join(inspection.dtypes)}), ‖ΔW‖F over all layers {inspection.frobenius:.4g}",
         highlight=False,
     )
+    for told in inspection.notes:
+        console.print(told, style="yellow", highlight=False, markup=False)
     console.print(
         f"base model: {inspection.base_model or 'not recorded'}\nsha256: {inspection.sha256}",
         highlight=False,

@@ -75,6 +75,7 @@ def _summary(inspection: AdapterInspection) -> Html:
                 "sha256": element("code", inspection.sha256),
             }
         ),
+        *(paragraph(told) for told in inspection.notes),
         paragraph(
             verdict(not bad, "No reader is known to misread it")
             if not bad

@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
+import gauge_ext
 from gauge_ext.errors import AdapterFormatError
 from gauge_ext.inspect import SORT_KEYS, inspect_adapter, render
 
@@ -130,3 +131,26 @@ def test_the_table_sorts_and_cuts(
 def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError, match=str(tmp_path)):
         inspect_adapter(tmp_path)
+
+
+def test_other_kinds_of_layers_and_what_is_beside_their_factors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Embedding(7, 4))
+    model.append(torch.nn.Linear(4, 6))
+    changes = {"target_modules": ["0", "1"], "modules_to_save": ["2"]}
+    gauge_ext.attach(model, gauge_ext.LoRAConfig(rank=2, alpha=4, **changes))
+    for layer in gauge_ext.models.lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_A)
+        torch.nn.init.normal_(layer.lora_B)
+    gauge_ext.save_adapter(model, tmp_path)
+    found = inspect_adapter(tmp_path)
+    assert ["2" in told for told in found.notes] == [True]
+    kernel, table = (model[i] for i in (0, 1))
+    dense = (
+        2.0 * kernel.lora_B.flatten(1) @ kernel.lora_A.flatten(1),
+        2.0 * table.lora_B @ table.lora_A,
+    )
+    for layer, delta in zip(found.layers, dense, strict=True):
+        sigma = np.linalg.svd(delta.detach().double().numpy(), compute_uv=False)[:2]
+        np.testing.assert_allclose(layer.spectrum.singular_values, sigma, rtol=1e-5)
+        assert (layer.out_features, layer.in_features) == tuple(delta.shape)
