@@ -58,7 +58,7 @@ def competitors(
         layer.merged_adapters.clear()  # the next round merges again
 
     def model() -> None:
-        gauge_ext.unmerge(gauge_ext.merge(ours, safe=False))
+        gauge_ext.unmerge(gauge_ext.merge(ours))
 
     found = {
         PASS: lambda: passed.add_(1e-9),

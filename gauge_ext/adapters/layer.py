@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from gauge_ext import ops
 from gauge_ext.adapters import dora, inits
 from gauge_ext.adapters.dtypes import FLOAT_DTYPES
-from gauge_ext.adapters.merging import accumulation_dtype, adapter_dtype, add_update
+from gauge_ext.adapters.merging import accumulation_dtype, adapter_dtype, add_product, add_update
 from gauge_ext.adapters.protocol import Kind
 from gauge_ext.adapters.spec import AdapterSpec
 from gauge_ext.errors import AdapterStateError, TargetError
@@ -188,6 +189,10 @@ class AdaptedLayer(nn.Module):
             return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.lora_A0]), torch.cat([self.lora_B, -self.lora_B0], 1)
 
+    def summed_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return A, B and s of everything that a merge adds."""
+        return *self.factors(), self.scaling
+
     def start_factors(self, lora_A: Tensor, lora_B: Tensor, spec: AdapterSpec) -> None:
         """Fill fresh factors; where the layer is not linear, such that their product is zero."""
         inits.start(lora_A, lora_B, spec.init, self._start_weight(), spec.scaling)
@@ -294,8 +299,13 @@ class AdaptedLayer(nn.Module):
         def finish(total: Tensor) -> Tensor:
             return total if magnitude is None else dora.rescale(total, magnitude, self.output_axis)
 
-        weight, delta = self.mergeable_weight(), self.delta_weight()
-        merged = {self.weight_name: add_update(weight, delta, parts, safe=safe, finish=finish)}
+        weight, (a, b, scaling) = self.mergeable_weight(), self.summed_factors()
+        if magnitude is None and ops.merges_in_one_pass(weight, a, b):
+            flip = self.output_axis == 1
+            new = add_product(weight, a, b, scaling, parts, transposed=flip, safe=safe)
+        else:
+            new = add_update(weight, self.delta_weight(), parts, safe=safe, finish=finish)
+        merged = {self.weight_name: new}
         if (shift := self.branch_bias) is not None:
             wide = accumulation_dtype(shift.dtype, weight.dtype)
             update = shift.to(wide) * self.scaling

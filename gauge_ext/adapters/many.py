@@ -191,17 +191,27 @@ class ManyLoRALinear(LoRALinear):
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
     @torch.no_grad()
+    def summed_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return the active adapters side by side, as one of the sum of their ranks."""
+        chosen = [(self.adapter(name), weight) for name, weight in self.present()]
+        if not chosen:
+            return self.lora_A[:0], self.lora_B[:, :0], 1.0
+        if len(chosen) == 1:
+            ((adapter, weight),) = chosen
+            return adapter.lora_A, adapter.lora_B, adapter.scaling * weight
+        dtypes = [p.dtype for adapter, _ in chosen for p in (adapter.lora_A, adapter.lora_B)]
+        wide = accumulation_dtype(self.weight.dtype, *dtypes)
+        a = torch.cat([adapter.lora_A.to(wide) for adapter, _ in chosen])
+        # The scales go into B in a dtype in which they lose nothing to speak of.
+        b = [adapter.lora_B.to(wide) * (adapter.scaling * weight) for adapter, weight in chosen]
+        return a, torch.cat(b, 1), 1.0
+
+    @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """Return the sum of the active adapters' updates, each times its weight."""
-        dtype = accumulation_dtype(
-            self.weight.dtype, *(p.dtype for p in self.adapter_parameters().values())
-        )
-        total = torch.zeros_like(self.weight, dtype=dtype)
-        for name, weight in self.present():
-            adapter = self.adapter(name)
-            scale = adapter.scaling * weight
-            total.addmm_(adapter.lora_B.to(dtype), adapter.lora_A.to(dtype), alpha=scale)
-        return total
+        a, b, scaling = self.summed_factors()
+        dtype = accumulation_dtype(self.weight.dtype, a.dtype, b.dtype)
+        return torch.mm(b.to(dtype), a.to(dtype)).mul_(scaling)
 
     def to_base(self) -> nn.Module:
         """Drop all adapters and be a plain layer again, with the weight of the moment."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from gauge_ext import ops
 from gauge_ext.errors import NonFiniteError
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -49,8 +50,49 @@ def add_update(
     total = delta.add_(weight)
     merged = (total if finish is None else finish(total)).to(weight.dtype)
     if safe and not bool(merged.isfinite().all()):
-        for name, part in parts.items():
-            if not bool(part.isfinite().all()):
-                raise NonFiniteError(f"{name} holds NaN or infinity.")
-        raise NonFiniteError(f"weight plus its update exceeds the range of {weight.dtype}.")
+        raise _not_finite(weight.dtype, parts)
     return merged
+
+
+def add_product(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    parts: Mapping[str, Tensor],
+    *,
+    transposed: bool,
+    safe: bool,
+) -> Tensor:
+    """Return ``weight + scaling * lora_B @ lora_A`` as :func:`add_update` does, in one pass.
+
+    Args:
+        weight: W, ``(out, in)``, or ``(in, out)`` where ``transposed``; with the factors such that
+            :func:`~gauge_ext.ops.merges_in_one_pass`.
+        lora_A: ``(r, in)``.
+        lora_B: ``(out, r)``.
+        scaling: s.
+        parts: What the sum is made of, by name, for the message.
+        transposed: Whether W is transposed.
+        safe: Refuse NaN and infinity.
+
+    Raises:
+        NonFiniteError: A part or the sum holds NaN or infinity.
+    """
+    merged = torch.empty_like(weight)
+    out, base = merged, weight.detach()
+    if weight.stride(1) != 1:
+        # It lies in memory the other way round, and so shall the new one.
+        merged = torch.empty_like(weight.mT, memory_format=torch.contiguous_format).mT
+        out, base, transposed = merged.mT, base.mT, not transposed
+    (sums,) = ops.merge_into(out, base, lora_A, lora_B, scaling, transposed=transposed)
+    if safe and not sums.finite:
+        raise _not_finite(weight.dtype, parts)
+    return merged
+
+
+def _not_finite(dtype: torch.dtype, parts: Mapping[str, Tensor]) -> NonFiniteError:
+    for name, part in parts.items():
+        if not bool(part.isfinite().all()):
+            return NonFiniteError(f"{name} holds NaN or infinity.")
+    return NonFiniteError(f"weight plus its update exceeds the range of {dtype}.")

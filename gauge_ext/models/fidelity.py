@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from gauge_ext import ops
 from gauge_ext.adapters import LoRALinear
-from gauge_ext.adapters.many import ManyLoRALinear
 from gauge_ext.errors import AdapterStateError, NonFiniteError, TargetError
 from gauge_ext.models.attach import lora_layers, unwrap
 
@@ -101,12 +100,12 @@ def merge_fidelity(model: nn.Module) -> MergeFidelity:
 
     Raises:
         AdapterStateError: There are no adapters, or they are merged.
-        TargetError: A layer is of another kind.
+        TargetError: A layer is of another kind, a DoRA, or its branch has a bias.
     """
     found = {}
     for path, layer in _linear_layers(model).items():
         weight = layer.weight.detach()
-        a, b, scaling = _factors(layer)
+        a, b, scaling = layer.summed_factors()
         (sums,) = ops.merge_into(torch.empty_like(weight), weight, a, b, scaling, fidelity=True)
         found[path] = LayerFidelity(weight.dtype, sums.delta, sums.kept, sums.lost)
     return MergeFidelity(found)
@@ -130,7 +129,7 @@ def merge_stochastic(
 
     Raises:
         AdapterStateError: There are no adapters, or they are merged.
-        TargetError: A layer is of another kind or dtype.
+        TargetError: A layer is of another kind or dtype, a DoRA, or its branch has a bias.
         NonFiniteError: A sum holds NaN or infinity; nothing is changed.
     """
     layers = _linear_layers(model)
@@ -144,7 +143,7 @@ def merge_stochastic(
     seed = ops.draw_seed() if seed is None else seed
     weights = [layer.weight.detach() for layer in layers.values()]
     outs = [torch.empty_like(weight) for weight in weights]
-    factors = [_factors(layer) for layer in layers.values()]
+    factors = [layer.summed_factors() for layer in layers.values()]
     a, b, scaling = (list(column) for column in zip(*factors, strict=True))
     every = ops.merge_into(outs, weights, a, b, scaling, seed=seed)
     for path, sums in zip(layers, every, strict=True):
@@ -166,6 +165,12 @@ def _linear_layers(model: nn.Module) -> dict[str, LoRALinear]:
                 f"{path} is a {type(layer).__name__}, and this is for nn.Linear layers.",
                 hint="Use gauge_ext.merge(), which takes any layer.",
             )
+        if layer.has_magnitude or layer.branch_bias is not None:
+            raise TargetError(
+                f"{path} has a magnitude (DoRA) or a bias of its branch, and this is for adapters "
+                "of lora_A and lora_B alone.",
+                hint="Use gauge_ext.merge(), which takes any adapter.",
+            )
         if layer.merged:
             raise AdapterStateError(
                 f"{path!r} is merged already.", hint="Call gauge_ext.unmerge() first."
@@ -177,16 +182,3 @@ def _linear_layers(model: nn.Module) -> dict[str, LoRALinear]:
             hint="Call gauge_ext.attach() or gauge_ext.load_adapter() first.",
         )
     return found
-
-
-@torch.no_grad()
-def _factors(layer: LoRALinear) -> tuple[Tensor, Tensor, float]:
-    """The factors of what a merge adds: of several active adapters, side by side."""
-    if not isinstance(layer, ManyLoRALinear):
-        return layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling
-    chosen = [(layer.adapter(name), weight) for name, weight in layer.present()]
-    if not chosen:
-        return layer.lora_A[:0], layer.lora_B[:, :0], 1.0
-    a = torch.cat([adapter.lora_A for adapter, _ in chosen])
-    b = torch.cat([adapter.lora_B * (adapter.scaling * weight) for adapter, weight in chosen], 1)
-    return a, b, 1.0

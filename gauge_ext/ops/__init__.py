@@ -4,7 +4,7 @@ from gauge_ext.ops import factor_reference, reference
 from gauge_ext.ops.factor_step import factor_gradient_norm, gauge_adam_step, scaled_gd_step
 from gauge_ext.ops.lora_gather import lora_gather
 from gauge_ext.ops.lora_linear import draw_seed, lora_linear
-from gauge_ext.ops.merge import MergeSums, merge_, merge_into
+from gauge_ext.ops.merge import MergeSums, merge_, merge_into, merges_in_one_pass
 
 __all__ = [
     "MergeSums",
@@ -16,6 +16,7 @@ __all__ = [
     "lora_linear",
     "merge_",
     "merge_into",
+    "merges_in_one_pass",
     "reference",
     "scaled_gd_step",
 ]

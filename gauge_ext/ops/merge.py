@@ -12,6 +12,8 @@ from torch import Tensor
 from gauge_ext import _load
 from gauge_ext.ops import reference
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 class MergeSums(NamedTuple):
     """What a merge did to one weight. D is the update, K what the weight changed by after rounding.
@@ -111,6 +113,25 @@ def merge_into(
     """
     weights, outs = _listed(weight), _listed(out)
     return _run(outs, weights, lora_A, lora_B, scaling, transposed, seed, first_row, fidelity)
+
+
+def merges_in_one_pass(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Say whether the compiled kernel takes these, and sums as wide as the widest of them.
+
+    Elsewhere :func:`merge_` takes several passes, and a float64 factor is rounded to float32 beside
+    a weight that is not float64.
+    """
+    every = weight, lora_A, lora_B
+    return (
+        _load.status().compiled
+        # A subclass (quantised, distributed, fake) knows best itself how it is added to.
+        and all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in every)
+        and weight.layout == torch.strided
+        and weight.dim() == lora_A.dim() == lora_B.dim() == 2
+        and 1 in weight.stride()
+        and weight.dtype in _DTYPES
+        and (weight.dtype == torch.float64 or torch.float64 not in (lora_A.dtype, lora_B.dtype))
+    )
 
 
 def _listed(value: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -121,3 +121,22 @@ def test_what_is_refused() -> None:
     with pytest.raises(NonFiniteError, match=r"2: the weight.*Nothing was merged"):
         merge_stochastic(bad)
     assert not is_merged(bad)
+
+
+def test_a_start_counts_against_the_update() -> None:
+    model = nn.Sequential(nn.Linear(32, 24))
+    attach(model, LoRAConfig(rank=4, init="olora"))
+    (layer,) = lora_layers(model).values()
+    nn.init.normal_(layer.lora_B)
+    start = layer.lora_B0.double() @ layer.lora_A0.double()
+    delta = layer.scaling * (layer.lora_B.double() @ layer.lora_A.double() - start)
+    assert merge_fidelity(model).total.delta == pytest.approx(delta.norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"lora_bias": True}])
+def test_more_than_two_factors_are_refused(option: dict[str, bool]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16))
+    attach(model, LoRAConfig(rank=2, **option))  # type: ignore[arg-type]
+    for function in (merge_fidelity, merge_stochastic):
+        with pytest.raises(TargetError, match=r"0 has a magnitude \(DoRA\) or a bias"):
+            function(model)
