@@ -44,7 +44,8 @@ enum class Order { kAscending, kDescending };
 inline Order order = Order::kAscending;
 
 constexpr int kLanes = 32;
-constexpr size_t kStackBytes = 256 * 1024;
+// Small, as the address sanitizer clears a whole stack at every switch.
+constexpr size_t kStackBytes = 32 * 1024;
 
 // Threads that arrived at a barrier, counted up for ever: thread n times here has passed it n
 // times.
