@@ -81,15 +81,16 @@ Tensor lora_linear_composite(const Tensor& x,
   return y + (update * scaling).to(y.scalar_type());
 }
 
-// The gradients of x, lora_A and lora_B in ATen: backward under create_graph, hence differentiable.
-variable_list differentiable_backward(const Tensor& grad,
-                                      const Tensor& x,
-                                      const Tensor& weight,
-                                      const Tensor& lora_A,
-                                      const Tensor& lora_B,
-                                      double scaling,
-                                      double dropout_p,
-                                      const OptionalTensor& seed) {
+}  // namespace
+
+std::vector<Tensor> differentiable_lora_linear_backward(const Tensor& grad,
+                                                        const Tensor& x,
+                                                        const Tensor& weight,
+                                                        const Tensor& lora_A,
+                                                        const Tensor& lora_B,
+                                                        double scaling,
+                                                        double dropout_p,
+                                                        const OptionalTensor& seed) {
   const auto dtype = lora_A.scalar_type();
   const Tensor grad2d = flatten(grad, weight.sym_size(0));
   const Tensor x2d = flatten(x, weight.sym_size(1));
@@ -103,6 +104,13 @@ variable_list differentiable_backward(const Tensor& grad,
   const Tensor grad_B = at::matmul(grad2d.to(dtype).t(), hidden) * scaling;
   return {grad_x, grad_A, grad_B};
 }
+
+bool is_transformed(const Tensor& tensor) {
+  return tensor._fw_grad(/*level=*/0).defined() ||
+         tensor.key_set().has(c10::DispatchKey::FuncTorchGradWrapper);
+}
+
+namespace {
 
 class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> {
  public:
@@ -147,8 +155,8 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
       return result;
     }
     if (at::GradMode::is_enabled()) {
-      const auto exact =
-          differentiable_backward(grad, x, weight, lora_A, lora_B, scaling, dropout_p, seed);
+      const auto exact = differentiable_lora_linear_backward(grad, x, weight, lora_A, lora_B,
+                                                             scaling, dropout_p, seed);
       result[0] = exact[0];
       result[3] = exact[1];
       result[4] = exact[2];
@@ -175,12 +183,6 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
 
 bool requires_grad(const Tensor& tensor) {
   return tensor.requires_grad();
-}
-
-// Dual numbers of forward mode, and the wrappers of torch.func's grad and jvp.
-bool is_transformed(const Tensor& tensor) {
-  return tensor._fw_grad(/*level=*/0).defined() ||
-         tensor.key_set().has(c10::DispatchKey::FuncTorchGradWrapper);
 }
 
 Tensor lora_linear_autograd(const Tensor& x,

@@ -7,6 +7,7 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <ATen/core/Tensor.h>
 
@@ -28,5 +29,18 @@ LoraLinearSizes check_lora_linear(const at::Tensor& x,
                                   const at::Tensor& lora_B,
                                   double dropout_p,
                                   const std::optional<at::Tensor>& seed);
+
+// The gradients of x, lora_A and lora_B in ATen: backward under create_graph, hence differentiable.
+std::vector<at::Tensor> differentiable_lora_linear_backward(const at::Tensor& grad,
+                                                            const at::Tensor& x,
+                                                            const at::Tensor& weight,
+                                                            const at::Tensor& lora_A,
+                                                            const at::Tensor& lora_B,
+                                                            double scaling,
+                                                            double dropout_p,
+                                                            const std::optional<at::Tensor>& seed);
+
+// Whether the tensor is a dual number of forward mode or wrapped by torch.func's grad or jvp.
+bool is_transformed(const at::Tensor& tensor);
 
 }  // namespace gauge_ext

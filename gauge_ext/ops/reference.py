@@ -122,6 +122,52 @@ def lora_linear(
     return y + (scaling * F.linear(hidden, lora_B)).to(y.dtype)
 
 
+def lora_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: float = 0.0,
+    seeds: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """Return :func:`lora_linear` of each member; see :func:`ops.lora_linear_group`."""
+    members = group_members(weights, biases, lora_As, lora_Bs, scalings, seeds)
+    return [
+        lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        for weight, bias, lora_A, lora_B, scaling, seed in members
+    ]
+
+
+def group_members(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    seeds: Sequence[Tensor],
+) -> list[tuple[Tensor, Tensor | None, Tensor, Tensor, float, Tensor | None]]:
+    """Return what belongs to each member of a group; a single seed belongs to all.
+
+    Raises:
+        RuntimeError: The lists differ in length.
+    """
+    n = len(weights)
+    named = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
+    for name, values in named.items():
+        if len(values) != n:
+            raise RuntimeError(
+                f"{name} must have an entry for each of the {n} weights, got {len(values)}"
+            )
+    if len(seeds) not in (0, 1, n):
+        raise RuntimeError(
+            f"seeds must be none, one for all or one for each of the {n} weights, got {len(seeds)}"
+        )
+    each: list[Tensor | None] = [*seeds] if len(seeds) == n else [*seeds, None][:1] * n
+    return list(zip(weights, biases, lora_As, lora_Bs, scalings, each, strict=True))
+
+
 def lora_gather(
     x: Tensor,
     weight: Tensor,
