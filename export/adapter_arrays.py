@@ -99,6 +99,7 @@ def open_adapter(path: str | Path, weight: float = 1.0) -> AdapterArrays:
     check_supported(raw, str(config_file))
     factors = _pair_up(read_header(weights_file, AdapterFormatError), weights_file)
     config = from_peft(raw, str(config_file), list(factors))
+    _require_plain(raw, config_file)
     for name, (a, b) in factors.items():
         if a.shape[0] != config.rank_for(name):
             raise AdapterFormatError(
@@ -106,6 +107,21 @@ def open_adapter(path: str | Path, weight: float = 1.0) -> AdapterArrays:
                 f"rank_pattern), but its weights have lora_A {a.shape} and lora_B {b.shape}."
             )
     return AdapterArrays(folder, config, factors, float(weight))
+
+
+def _require_plain(raw: Mapping[str, Any], file: Path) -> None:
+    """Refuse what would be left out in silence: all but the product of two factors."""
+    fields = ("use_dora", "lora_bias", "modules_to_save", "target_parameters")
+    asked = [name for name in (*fields, "trainable_token_indices") if raw.get(name)]
+    if raw.get("bias") not in (None, "none"):
+        asked.append("bias")
+    if asked:
+        raise ConfigError(
+            f"{file}: {asked[0]} = {raw[asked[0]]!r} asks for more than the product of two "
+            "factors, which is all that can be merged into files.",
+            hint="Load the base and the adapter in torch, merge there (gauge_ext.merge), and "
+            "export that.",
+        )
 
 
 def _pair_up(tensors: Mapping[str, Stored], file: Path) -> dict[str, tuple[Stored, Stored]]:

@@ -11,7 +11,7 @@ from gauge_ext.cli import options
 from gauge_ext.cli.base import add_adapter, check_adapter, folder_of, load_base
 from gauge_ext.cli.console import note, print_json, stdout, working
 from gauge_ext.cli.problems import OptionError, blame, explains_errors, first_line
-from gauge_ext.cli.weighted import parse_adapters
+from gauge_ext.cli.weighted import check_adapters, parse_adapters
 from gauge_ext.errors import AdapterFormatError, AdapterMismatchError, WriteError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def merge(
     else:
         from gauge_ext.export.merge import merge_checkpoint
 
+        check_adapters(chosen)
         with working("merging") as progress, blame("BASE", _OPTIONS):
             report = merge_checkpoint(folder, chosen, out, progress=progress)
     if as_json:

@@ -12,7 +12,7 @@ from gauge_ext.cli import options
 from gauge_ext.cli.console import note, print_json, stdout, working
 from gauge_ext.cli.files import check_target
 from gauge_ext.cli.problems import blame, explains_errors
-from gauge_ext.cli.weighted import Adapters, parse_adapters
+from gauge_ext.cli.weighted import Adapters, check_adapters, parse_adapters
 from gauge_ext.errors import (
     AdapterFormatError,
     AdapterMismatchError,
@@ -82,6 +82,7 @@ def patch(
     """
     check_target(out, "--out")
     chosen = parse_adapters(adapters)
+    check_adapters(chosen)
     with working("reading") as progress, blame("MODEL", _OPTIONS):
         from gauge_ext.export.patch import patch_onnx
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from gauge_ext.cli.problems import blame
+
 Adapters = Annotated[
     list[str],
     typer.Option(
@@ -33,3 +35,18 @@ def parse_adapters(arguments: list[str]) -> list[tuple[str | Path, float]]:
         else:
             found.append((Path(argument), 1.0))
     return found
+
+
+def check_adapters(chosen: list[tuple[str | Path, float]]) -> None:
+    """Read every adapter once, before work begins: what is wrong with one is no fault of the base.
+
+    Raises:
+        OptionError: One is missing or damaged, holds NaN, or asks for more than can be merged.
+    """
+    with blame("--adapter"):
+        from gauge_ext.export.adapter_arrays import open_adapter
+
+        for folder, weight in chosen:
+            found = open_adapter(folder, weight)
+            for module in found.factors:
+                found.read(module)

@@ -123,7 +123,9 @@ def test_a_fresh_field_changes_nothing_and_only_it_is_trained() -> None:
     base = nn.Linear(6, 4)
     field = LoRAGaugeField(base, rank=2)
     x = torch.randn(3, 6)
-    assert torch.equal(field(x), base(x))
+    assert not field.delta_weight().any()
+    # The kernels sum a product of few rows in an order of their own: the rounding may differ.
+    torch.testing.assert_close(field(x), base(x), rtol=1e-6, atol=1e-6)
     assert [name for name, p in field.named_parameters() if p.requires_grad] == [
         "gauge_field.A",
         "gauge_field.phi",

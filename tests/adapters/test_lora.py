@@ -94,8 +94,10 @@ def test_a_fresh_adapter_changes_nothing(init: Any) -> None:
     x = torch.randn(7, 300)
     before = linear(x)
     layer = LoRALinear.from_linear(linear, rank=16, scaling=3.0, init=init)
-    assert torch.equal(layer(x), before)
     assert not layer.lora_B.any()
+    assert not layer.delta_weight().any()
+    # The kernels sum a product of few rows in an order of their own: the rounding may differ.
+    torch.testing.assert_close(layer(x), before, rtol=1e-6, atol=1e-6)
     a = layer.lora_A.detach()
     if init == "gaussian":
         assert abs(a.std().item() - 1 / 16) < 0.1 / 16

@@ -53,9 +53,10 @@ def factory_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     folder.mkdir()
     shutil.copy(Path(__file__).with_name("tiny_models.py"), folder)
     monkeypatch.chdir(folder)
-    path, known = list(sys.path), set(sys.modules)
+    known = set(sys.modules)
     yield folder
-    sys.path[:] = path
+    # Others add to the path too (onnxruntime.transformers does), once for the whole process.
+    sys.path[:] = [entry for entry in sys.path if entry != str(folder)]
     for name in set(sys.modules) - known:
         if getattr(sys.modules[name], "__file__", None) is not None and str(folder) in str(
             sys.modules[name].__file__
