@@ -7,7 +7,6 @@ derivative by it: the scaling is then no part of any formula.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,8 +18,6 @@ RELATIVE_FLOOR = 1e-14
 RANK_TOLERANCE = 1e-7
 """A lora_A with a direction below this part of it counts as rank-deficient: its Gram matrix, with
 the square, says no more in float64."""
-
-Reduce = Callable[[Tensor], Tensor]
 
 
 class Adam(NamedTuple):
@@ -56,9 +53,7 @@ class Whitening(NamedTuple):
     of_A: Tensor
 
 
-def whitening(
-    a: Tensor, b: Tensor, damping: float, reduce: Reduce | None = None, *, anchor_B: bool = False
-) -> Whitening:
+def whitening(a: Tensor, b: Tensor, damping: float, *, anchor_B: bool = False) -> Whitening:
     r"""Factor the invariant metric with covariant damping at (B, A).
 
     .. math:: A A^T = R_A^T R_A, \qquad B^T B + \delta\,(A A^T)^{-1} = R_M^T R_M
@@ -71,21 +66,16 @@ def whitening(
         a: A, ``(*, r, n)`` in float64.
         b: The effective B, ``(*, m, r)`` in float64.
         damping: :math:`\delta \ge 0`, in units of :math:`\sigma(X)^2`.
-        reduce: Sums an r x r matrix over the processes that hold other columns of A and other rows
-            of B. The Gram matrices are then factored instead of A and B.
         anchor_B: B is the anchor.
 
     Raises:
         RuntimeError: The rank of an anchor is below r, or it holds NaN.
     """
     if anchor_B:
-        turned = whitening(b.mT, a.mT, damping, reduce)
+        turned = whitening(b.mT, a.mT, damping)
         return Whitening(turned.of_A, turned.of_B)
-    if reduce is None:
-        r_a = torch.linalg.qr(a.mT, mode="r").R
-        r_b = torch.linalg.qr(b, mode="r").R
-    else:
-        r_a, r_b = _cholesky(reduce(a @ a.mT)), None
+    r_a = torch.linalg.qr(a.mT, mode="r").R
+    r_b = torch.linalg.qr(b, mode="r").R
     diagonal = r_a.diagonal(dim1=-2, dim2=-1).abs()
     columns = torch.linalg.vector_norm(r_a, dim=-2)
     rank = r_a.shape[-1]
@@ -93,20 +83,12 @@ def whitening(
         raise RuntimeError(RANK_MESSAGE)
     eye = torch.eye(rank, dtype=a.dtype, device=a.device).expand_as(r_a)
     e_a = torch.linalg.solve_triangular(r_a, eye, upper=True)
-    if r_b is not None:
-        square = (r_b @ r_a.mT).square().sum((-2, -1))
-    else:
-        assert reduce is not None
-        gram = reduce(b.mT @ b)
-        square = (r_a @ gram @ r_a.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
+    square = (r_b @ r_a.mT).square().sum((-2, -1))
     if not bool(square.isfinite().all()):
         raise RuntimeError(RANK_MESSAGE)
     delta = (RELATIVE_FLOOR * square).clamp_min(damping)
     delta = torch.where(delta == 0, 1.0, delta)[..., None, None]
-    if r_b is not None:
-        r_m = torch.linalg.qr(torch.cat([r_b, delta.sqrt() * e_a.mT], -2), mode="r").R
-    else:
-        r_m = _cholesky(gram + delta * (e_a @ e_a.mT))
+    r_m = torch.linalg.qr(torch.cat([r_b, delta.sqrt() * e_a.mT], -2), mode="r").R
     return Whitening(e_a, torch.linalg.solve_triangular(r_m, eye, upper=True))
 
 
@@ -115,13 +97,6 @@ RANK_MESSAGE = (
     "NaN or infinity, where the invariant step is undefined. Start with a factor of full rank, "
     "such as attach() draws."
 )
-
-
-def _cholesky(gram: Tensor) -> Tensor:
-    lower, info = torch.linalg.cholesky_ex(gram)
-    if bool(info.any()):
-        raise RuntimeError(RANK_MESSAGE)
-    return torch.as_tensor(lower.mT)
 
 
 def gradient_norm_squared(
@@ -163,7 +138,6 @@ def scaled_gd(
     avg_a: Tensor | None,
     avg_b: Tensor | None,
     how: ScaledGD,
-    reduce: Reduce | None = None,
     *,
     anchor_B: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -185,13 +159,12 @@ def scaled_gd(
         avg_a: :math:`q_A`, or None without momentum.
         avg_b: :math:`q_B`, or None without momentum.
         how: The numbers of the step.
-        reduce: See :func:`whitening`.
         anchor_B: See :func:`whitening`.
 
     Returns:
         A, B, :math:`q_A` and :math:`q_B` after the step.
     """
-    e = whitening(a, b, how.damping, reduce, anchor_B=anchor_B)
+    e = whitening(a, b, how.damping, anchor_B=anchor_B)
     if avg_a is not None and avg_b is not None:
         avg_a, avg_b = how.momentum * avg_a + grad_a, how.momentum * avg_b + grad_b
         if how.nesterov:
@@ -215,7 +188,6 @@ def gauge_adam(
     sq_b: Tensor,
     step: Tensor,
     how: Adam,
-    reduce: Reduce | None = None,
     *,
     anchor_B: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -244,13 +216,12 @@ def gauge_adam(
         sq_b: :math:`v_B`, ``(*, m)``.
         step: The number of this step, from 1, ``(*)``.
         how: The numbers of the step.
-        reduce: See :func:`whitening`.
         anchor_B: See :func:`whitening`.
 
     Returns:
         A, B, :math:`q_A`, :math:`q_B`, :math:`v_A` and :math:`v_B` after the step.
     """
-    e = whitening(a, b, how.damping, reduce, anchor_B=anchor_B)
+    e = whitening(a, b, how.damping, anchor_B=anchor_B)
     avg_a = how.beta1 * avg_a + (1 - how.beta1) * grad_a
     avg_b = how.beta1 * avg_b + (1 - how.beta1) * grad_b
     sq_a = how.beta2 * sq_a + (1 - how.beta2) * (e.of_A.mT @ grad_a).square().mean(-2)

@@ -31,7 +31,6 @@ def scaled_gd_step(
     weight_decay: float = 0.0,
     damping: float = 0.0,
     grad_scale: float = 1.0,
-    reduce: reference.Reduce | None = None,
 ) -> None:
     """Take a step of ScaledGD on all pairs, in place.
 
@@ -54,13 +53,12 @@ def scaled_gd_step(
         weight_decay: X shrinks by ``1 - lr * weight_decay``.
         damping: See :func:`~gauge_ext.ops.factor_reference.whitening`.
         grad_scale: Gradients count times this.
-        reduce: Sums r x r matrices over processes that hold other parts of the pairs.
 
     Raises:
         RuntimeError: Shapes, dtypes or devices do not fit, or a lora_A has a rank below r. Nothing
             has been written then.
     """
-    if reduce is None and _compiled(lora_A):
+    if _compiled(lora_A):
         torch.ops.gauge_ext.scaled_gd_step(
             *(lora_A, lora_B, grad_A, grad_B, avg_A, avg_B, scaling, anchors),
             *(lr, momentum, nesterov, weight_decay, damping, grad_scale),
@@ -73,7 +71,7 @@ def scaled_gd_step(
         a, b, g_a, g_b = _effective(lora_A, lora_B, grad_A, grad_B, group, s, grad_scale)
         q_a, q_b = (_stack(avg, group) if avg else None for avg in (avg_A, avg_B))
         a, b, q_a, q_b = reference.scaled_gd(
-            a, b, g_a, g_b, q_a, q_b, how, reduce, anchor_B=anchors[group[0]] == 1
+            a, b, g_a, g_b, q_a, q_b, how, anchor_B=anchors[group[0]] == 1
         )
         writes += _pairs(lora_A, a, group) + _pairs(lora_B, b / s, group)
         if q_a is not None and q_b is not None:
@@ -101,7 +99,6 @@ def gauge_adam_step(
     weight_decay: float = 0.0,
     damping: float = 0.0,
     grad_scale: float = 1.0,
-    reduce: reference.Reduce | None = None,
 ) -> None:
     """Take a step of GaugeAdam on all pairs, in place.
 
@@ -127,12 +124,11 @@ def gauge_adam_step(
         weight_decay: X shrinks by ``1 - lr * weight_decay``.
         damping: See :func:`~gauge_ext.ops.factor_reference.whitening`.
         grad_scale: Gradients count times this.
-        reduce: Sums r x r matrices over processes.
 
     Raises:
         RuntimeError: As :func:`scaled_gd_step`.
     """
-    if reduce is None and _compiled(lora_A):
+    if _compiled(lora_A):
         torch.ops.gauge_ext.gauge_adam_step(
             *(lora_A, lora_B, grad_A, grad_B, avg_A, avg_B, sq_A, sq_B, scaling),
             *(anchors, steps),
@@ -147,7 +143,7 @@ def gauge_adam_step(
         a, b, g_a, g_b = _effective(lora_A, lora_B, grad_A, grad_B, group, s, grad_scale)
         state = [_stack(part, group) for part in (avg_A, avg_B, sq_A, sq_B)]
         a, b, *new = reference.gauge_adam(
-            *(a, b, g_a, g_b, state[0], state[1], state[2], state[3], step, how, reduce),
+            *(a, b, g_a, g_b, state[0], state[1], state[2], state[3], step, how),
             anchor_B=anchors[group[0]] == 1,
         )
         writes += _pairs(lora_A, a, group) + _pairs(lora_B, b / s, group)

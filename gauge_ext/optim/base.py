@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 from gauge_ext import ops
 from gauge_ext.errors import ConfigError
 from gauge_ext.optim.pairs import FactorPair, Matrix, checked
+from gauge_ext.optim.sharded import is_sharded, keep_part, part_of, whole
 
 Params = Iterable[FactorPair] | Iterable[Tensor] | Iterable[Mapping[str, Any]]
 
@@ -31,6 +32,7 @@ class Layers:
         self.scaling: list[float] = []
         self.anchors: list[int] = []
         self._copies: list[Matrix] = []
+        self._gathered: list[tuple[Tensor, Tensor]] = []
         params = group["params"]
         pairs = zip(params[::2], params[1::2], group["scalings"], group["anchors"], strict=True)
         for a, b, scaling, anchor in pairs:
@@ -43,11 +45,14 @@ class Layers:
                 grad = factor.grad
                 if grad is None:
                     grad = torch.zeros_like(factor)
-                if factor.ndim == 2 and factor.is_contiguous() and grad.is_contiguous():
-                    values.append(factor.detach())
+                value, grad = whole(factor.detach()), whole(grad)
+                if is_sharded(factor):
+                    self._gathered.append((factor, value))
+                if value.ndim == 2 and value.is_contiguous() and grad.is_contiguous():
+                    values.append(value)
                     grads.append(grad)
                 else:
-                    matrix = Matrix(factor)
+                    matrix = Matrix(value)
                     values.append(matrix.value)
                     grads.append(matrix.like(grad))
                     if not matrix.shares:
@@ -57,11 +62,19 @@ class Layers:
         """Write back what could not be changed in place, and tell autograd."""
         for matrix in self._copies:
             matrix.write_back()
+        for factor, value in self._gathered:
+            if is_sharded(factor):
+                keep_part(factor, value)
         torch.autograd.graph.increment_version(itertools.chain.from_iterable(self.parameters))
 
 
 class FactorOptimizer(torch.optim.Optimizer):
     """An optimizer of factor pairs whose steps change updates alike in every gauge.
+
+    It runs under DDP as it is. Make it after ``fully_shard()`` for FSDP2: factors that are DTensors
+    and their gradients are gathered for a step, which every process then computes whole, and each
+    keeps its part. The state of factors is whole on every process, so ``state_dict()`` of a sharded
+    run loads into an unsharded one and back; ``step()`` and ``grad_norm()`` are collective there.
 
     Args:
         params: Factor pairs; or parameters, which are trained by AdamW; or groups of either, as
@@ -96,7 +109,8 @@ class FactorOptimizer(torch.optim.Optimizer):
             group["scalings"] = [float(pair.scaling) for pair in pairs]
             # Which factor has full rank: 1 where training starts from A = 0, as in embeddings.
             group["anchors"] = [
-                int(not pair.lora_A.any() and bool(pair.lora_B.any())) for pair in pairs
+                int(not whole(pair.lora_A).any() and bool(whole(pair.lora_B).any()))
+                for pair in pairs
             ]
         elif "scalings" not in group:
             group["scalings"] = None
@@ -227,15 +241,38 @@ class FactorOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict()`` returned; the scalings stay those of these pairs."""
+        """Load what ``state_dict()`` returned; the scalings stay those of these pairs.
+
+        Args:
+            state_dict: Of a run with the same groups, sharded or not.
+
+        Raises:
+            ConfigError: It holds parts of a sharded parameter that is none of a pair, and here the
+                parameter is whole.
+        """
         scalings = [group["scalings"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, scalings, strict=True):
-            group["scalings"] = own
-        # torch has cast the state to the dtype of the parameters; in half precision it is float32.
         saved = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
-        for key, p in zip(saved, params, strict=True):
+        own = [(p, g["scalings"] is not None) for g in self.param_groups for p in g["params"]]
+        matched = list(zip(saved, own, strict=False))  # torch refuses if they are not as many
+        for key, (p, _) in matched:
+            values = state_dict["state"].get(key, {}).values()
+            if not is_sharded(p) and any(map(is_sharded, values)):
+                raise ConfigError(
+                    f"the state of parameter {key} is one process's part of a sharded run, and the "
+                    f"parameter of shape {tuple(p.shape)} is whole here.",
+                    hint="Save torch.distributed.checkpoint.state_dict.get_optimizer_state_dict("
+                    "..., options=StateDictOptions(full_state_dict=True)).",
+                )
+        super().load_state_dict(state_dict)
+        for group, scaling in zip(self.param_groups, scalings, strict=True):
+            group["scalings"] = scaling
+        for key, (p, is_factor) in matched:
             for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
-                    self.state[p][name] = value.to(self.state[p][name].device, copy=True)
+                if not isinstance(value, Tensor):
+                    continue
+                state = self.state[p]
+                # torch has cast it to the dtype of the parameter; in half precision it is float32.
+                if value.dtype != state[name].dtype:
+                    state[name] = value.to(state[name].device, copy=True)
+                if is_sharded(p) and not is_factor and value.ndim and not is_sharded(value):
+                    state[name] = part_of(state[name], p)

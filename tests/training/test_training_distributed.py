@@ -39,3 +39,18 @@ def test_two_processes_equal_one(way: str, together: Path) -> None:
     for name, parameter in gauge_ext.named_adapter_parameters(alone):
         torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-10, atol=1e-12)
         assert not torch.equal(found[name], before[name])
+
+
+@pytest.mark.parametrize("name", two_processes.INVARIANT)
+@pytest.mark.parametrize("way", [way.__name__ for way in two_processes.INVARIANT_WAYS])
+def test_invariant_optimizers_take_the_same_steps(way: str, name: str, together: Path) -> None:
+    alone, start = two_processes.build_with_bias(), two_processes.build_with_bias()
+    optimizer = two_processes.optimizer_of(alone, name)
+    two_processes.train(alone, *two_processes.batch(), optimizer)
+    found = torch.load(together / f"{way}_{name}.pt", weights_only=True)
+    expected = two_processes.named_trained(alone)
+    assert found.keys() == expected.keys()
+    assert len(found) == 7  # three pairs and the bias
+    for key, parameter in expected.items():
+        torch.testing.assert_close(found[key], parameter, rtol=1e-8, atol=1e-10)
+        assert not torch.equal(found[key], start.get_parameter(key))

@@ -9,13 +9,24 @@ trained factors to FOLDER/WAY.pt.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
 import gauge_ext
+from gauge_ext.errors import ConfigError
+from gauge_ext.optim import create_optimizer
 
 STEPS = 3
 # SGD: AdamW would turn rounding of the all-reduce, where a gradient is tiny, into whole steps.
@@ -40,10 +51,17 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randn(8, 4, generator=generator, dtype=torch.float64)
 
 
-def train(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> None:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
-    for _ in range(STEPS):
+def train(
+    model: nn.Module,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    optimizer: torch.optim.Optimizer | None = None,
+    steps: int = STEPS,
+) -> None:
+    if optimizer is None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
+    for _ in range(steps):
         optimizer.zero_grad()
         (model(x) - target).square().mean().backward()
         optimizer.step()
@@ -55,12 +73,16 @@ def ddp(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[str, to
     return {n: p.detach() for n, p in gauge_ext.named_adapter_parameters(model)}
 
 
-def fsdp(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+def shard(model: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for layer in gauge_ext.models.lora_layers(model).values():
         fully_shard(layer)
     fully_shard(model)
+
+
+def fsdp(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    shard(model)
     train(model, x, target)
     named = gauge_ext.named_adapter_parameters(model)
     return {n: p.full_tensor().detach() for n, p in named}
@@ -70,15 +92,12 @@ def dcp(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[str, to
     """Train sharded, save a distributed checkpoint, and load it into a fresh sharded model."""
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-    from torch.distributed.fsdp import fully_shard
 
     fsdp(model, x, target)
     folder = Path(sys.argv[1]) / "checkpoint"
     checkpoint.save(get_model_state_dict(model), checkpoint_id=folder)
     fresh = build()
-    for layer in gauge_ext.models.lora_layers(fresh).values():
-        fully_shard(layer)
-    fully_shard(fresh)
+    shard(fresh)
     state = get_model_state_dict(fresh)
     checkpoint.load(state, checkpoint_id=folder)
     set_model_state_dict(fresh, state)
@@ -86,7 +105,63 @@ def dcp(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[str, to
     return {n: p.full_tensor().detach() for n, p in named}
 
 
+def build_with_bias() -> nn.Module:
+    """With one parameter beside the pairs, which the invariant optimizers train by AdamW."""
+    model = build()
+    model[4].bias.requires_grad_(True)
+    return model
+
+
+def optimizer_of(model: nn.Module, name: Any) -> torch.optim.Optimizer:
+    # Adam makes whole steps of the all-reduce's rounding where a gradient is tiny, but for eps.
+    options = {"momentum": 0.9} if name == "scaled_gd" else {"eps": 1e-4}
+    return create_optimizer(model, name, lr=0.05, max_grad_norm=0.1, **options)
+
+
+def named_trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that is trained, gathered."""
+    found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in found.items()}
+
+
+def invariant_ddp(name: Any, x: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    model = build_with_bias()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    train(wrapped, x, target, optimizer_of(model, name))
+    return named_trained(model)
+
+
+def invariant_fsdp(name: Any, x: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One step sharded, one unsharded that resumes from it, and one sharded again."""
+    full = StateDictOptions(full_state_dict=True)
+    model = build_with_bias()
+    shard(model)
+    optimizer = optimizer_of(model, name)
+    train(model, x, target, optimizer, steps=1)
+    values, state = get_state_dict(model, optimizer, options=full)
+    parts = optimizer.state_dict()
+    model = build_with_bias()
+    optimizer = optimizer_of(model, name)
+    try:
+        optimizer.load_state_dict(parts)
+        raise AssertionError("the parts of a sharded parameter were loaded as if they were whole")
+    except ConfigError:
+        pass
+    set_state_dict(model, optimizer, model_state_dict=values, optim_state_dict=state, options=full)
+    train(nn.parallel.DistributedDataParallel(model), x, target, optimizer, steps=1)
+    values, parts = model.state_dict(), optimizer.state_dict()
+    model = build_with_bias()
+    model.load_state_dict(values)
+    shard(model)
+    optimizer = optimizer_of(model, name)
+    optimizer.load_state_dict(parts)
+    train(model, x, target, optimizer, steps=1)
+    return named_trained(model)
+
+
 WAYS = (ddp, fsdp, dcp)
+INVARIANT = ("scaled_gd", "gauge_adam", "lora_rite")
+INVARIANT_WAYS = (invariant_ddp, invariant_fsdp)
 
 
 def main() -> None:
@@ -94,11 +169,16 @@ def main() -> None:
     rank = dist.get_rank()
     x, target = batch()
     half = slice(4 * rank, 4 * rank + 4)
-    for way in WAYS:
-        factors = way(build(), x[half], target[half])
+    ways: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
+        way.__name__: partial(way, build()) for way in WAYS
+    }
+    for name in INVARIANT:
+        ways |= {f"{way.__name__}_{name}": partial(way, name) for way in INVARIANT_WAYS}
+    for way, run in ways.items():
+        factors = run(x[half], target[half])
         if rank == 0:
             kept = {name: factor.clone() for name, factor in factors.items()}
-            torch.save(kept, Path(sys.argv[1]) / f"{way.__name__}.pt")
+            torch.save(kept, Path(sys.argv[1]) / f"{way}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
