@@ -1,6 +1,7 @@
 """Does it matter how the factors are trained? Quality, sensitivity to the gauge, and cost.
 
-    python benchmarks/optimizers/study.py [--quick] [--json FILE]
+    python benchmarks/optimizers/study.py [--quick] [--steps 150] [--pretrain-steps 1200]
+        [--json FILE]
 
 A small character-level transformer learns the code of Python's standard library; its adapters then
 learn the prose of Python's own documentation. For each optimizer the learning rate is chosen on
@@ -161,10 +162,14 @@ def main() -> None:
     """Run the study, print a table, write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one minute: fewer steps, two seeds")
+    parser.add_argument("--steps", type=int, help="of the adapters, in place of 150 (quick: 25)")
+    parser.add_argument("--pretrain-steps", type=int, help="of the base, not 1200 (quick: 120)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     pretrain_steps, steps, seeds = (120, 25, 2) if options.quick else (1200, 150, 5)
+    steps = options.steps or steps
+    pretrain_steps = options.pretrain_steps or pretrain_steps
     code, prose = read_texts()
     train, check, test = (
         prose[: len(prose) * 6 // 10],
