@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gauge_ext.adapters import LoRAConfig, LoRAFiberBundle, LoRAGaugeField, LoRALinear
     from gauge_ext.checkpoint import load_adapter, save_adapter
     from gauge_ext.checkpoint.gauges import fingerprint, regauge
+    from gauge_ext.checkpoint.many import load_adapters, save_adapters, swap_adapter
     from gauge_ext.errors import GaugeError
     from gauge_ext.merging import combine
     from gauge_ext.models.attach import (
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
         attach,
         detach,
         named_adapter_parameters,
+    )
+    from gauge_ext.models.fidelity import merge_fidelity, merge_stochastic
+    from gauge_ext.models.many import (
+        active_adapters,
+        adapter_names,
+        adapter_rows,
+        add_adapter,
+        delete_adapter,
+        disable_adapters,
+        rename_adapter,
+        set_adapters,
+        use_adapters,
     )
     from gauge_ext.models.merge import merge, unmerge
 else:
@@ -33,16 +46,30 @@ __all__ = [
     "LoRAGaugeField",
     "LoRALinear",
     "__version__",
+    "active_adapters",
+    "adapter_names",
     "adapter_parameters",
+    "adapter_rows",
+    "add_adapter",
     "attach",
     "combine",
+    "delete_adapter",
     "detach",
+    "disable_adapters",
     "fingerprint",
     "load_adapter",
+    "load_adapters",
     "merge",
+    "merge_fidelity",
+    "merge_stochastic",
     "named_adapter_parameters",
     "ops",
     "regauge",
+    "rename_adapter",
     "save_adapter",
+    "save_adapters",
+    "set_adapters",
+    "swap_adapter",
     "unmerge",
+    "use_adapters",
 ]

@@ -77,3 +77,22 @@ def test_every_public_name_and_every_submodule_is_there() -> None:
     assert gauge_ext.geometry.__name__ == "gauge_ext.geometry"  # type: ignore[attr-defined]
     with pytest.raises(AttributeError, match="'gauge_ext' has no attribute 'nothing'"):
         _ = gauge_ext.nothing  # type: ignore[attr-defined]
+
+
+def test_several_adapters_at_hand() -> None:
+    # Whoever comes from PEFT looks for them beside attach() and load_adapter().
+    said = python(
+        "import gauge_ext, gauge_ext.checkpoint as c, gauge_ext.models as m, sys\n"
+        "assert 'gauge_ext.models.fidelity' not in sys.modules\n"
+        "import torch\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
+        "gauge_ext.attach(model, gauge_ext.LoRAConfig(rank=2))\n"
+        "gauge_ext.add_adapter(model, gauge_ext.LoRAConfig(rank=3), 'b')\n"
+        "with gauge_ext.use_adapters(model, 'b'):\n"
+        "    print(gauge_ext.active_adapters(model))\n"
+        "for where, names in ((m, 'adapter_rows merge_fidelity merge_stochastic set_adapters'),\n"
+        "                     (c, 'load_adapters save_adapters swap_adapter')):\n"
+        "    for name in names.split():\n"
+        "        assert getattr(where, name) is getattr(gauge_ext, name)\n"
+    )
+    assert said.split() == ["{'b':", "1.0}"]

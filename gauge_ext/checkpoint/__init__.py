@@ -5,7 +5,8 @@ config, :mod:`read` and :mod:`load` the way in, :mod:`write` the way out, :mod:`
 factors that no training made, :mod:`staging` writes a folder whole or not at all,
 :mod:`digest` says when two adapters are the same number by number, :mod:`gauges` when they are
 the same update, and changes the one without the other. :mod:`extracting` makes an adapter of a full
-fine-tune, and :mod:`carry` takes adapters from one base to another.
+fine-tune, :mod:`carry` takes adapters from one base to another, and :mod:`many` reads and writes
+several of one model.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         regauging_report,
     )
     from gauge_ext.checkpoint.load import load_adapter
+    from gauge_ext.checkpoint.many import load_adapters, save_adapters, swap_adapter
     from gauge_ext.checkpoint.moments import InputsError, input_moments
     from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
     from gauge_ext.checkpoint.staging import staged_folder
@@ -51,12 +53,15 @@ __all__ = [
     "input_moments",
     "lift_adapters",
     "load_adapter",
+    "load_adapters",
     "move_adapter",
     "read_adapter",
     "rebase_adapter",
     "regauge",
     "regauging_report",
     "save_adapter",
+    "save_adapters",
     "staged_folder",
+    "swap_adapter",
     "write_adapter",
 ]

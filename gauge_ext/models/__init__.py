@@ -2,11 +2,16 @@
 
 :mod:`targets` finds the modules, :mod:`attach` puts adapters on them and off again, :mod:`merge`
 turns adapter and base into one weight and back, :mod:`regauge` changes the factors but not what
-they compute, :mod:`fast_path` keeps torch's fused encoder layers from overlooking an adapter.
+they compute, :mod:`many` puts several adapters on one model and says which of them work,
+:mod:`fidelity` measures what a merge keeps of an update, :mod:`fast_path` keeps torch's fused
+encoder layers from overlooking an adapter.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from gauge_ext._lazy import deferred
 from gauge_ext.models.attach import (
     Attachment,
     adapter_config,
@@ -20,28 +25,63 @@ from gauge_ext.models.attach import (
     named_adapter_parameters,
     whole_parameters,
 )
+from gauge_ext.models.many import (
+    active_adapters,
+    adapter_names,
+    adapter_rows,
+    add_adapter,
+    delete_adapter,
+    disable_adapters,
+    rename_adapter,
+    set_adapters,
+    use_adapters,
+)
 from gauge_ext.models.merge import is_merged, merge, merged_copy, unmerge
 from gauge_ext.models.regauge import regauge_model, regauge_optimizer_state
 from gauge_ext.models.targets import TargetMatch, find_targets
 
+if TYPE_CHECKING:
+    # It shows its figures as a table, which nothing else here needs.
+    from gauge_ext.models.fidelity import (
+        LayerFidelity,
+        MergeFidelity,
+        merge_fidelity,
+        merge_stochastic,
+    )
+else:
+    __getattr__, __dir__ = deferred(__name__)
+
 __all__ = [
     "Attachment",
+    "LayerFidelity",
+    "MergeFidelity",
     "TargetMatch",
+    "active_adapters",
     "adapter_config",
+    "adapter_names",
     "adapter_parameters",
+    "adapter_rows",
     "adapters",
+    "add_adapter",
     "attach",
     "attached_modules",
     "attachment",
+    "delete_adapter",
     "detach",
+    "disable_adapters",
     "find_targets",
     "is_merged",
     "lora_layers",
     "merge",
+    "merge_fidelity",
+    "merge_stochastic",
     "merged_copy",
     "named_adapter_parameters",
     "regauge_model",
     "regauge_optimizer_state",
+    "rename_adapter",
+    "set_adapters",
     "unmerge",
+    "use_adapters",
     "whole_parameters",
 ]
