@@ -128,9 +128,12 @@ def test_principal_angles_are_those_of_scipy(problem: Problem) -> None:
         r = problem.r
         columns = scipy.linalg.subspace_angles(bases[0][0][:, :r], bases[1][0][:, :r])
         rows = scipy.linalg.subspace_angles(bases[0][2][:r].T, bases[1][2][:r].T)
-        got = principal_angles(first, second)
-        np.testing.assert_allclose(got[0].numpy(), columns[::-1], atol=1e-10)
-        np.testing.assert_allclose(got[1].numpy(), rows[::-1], atol=1e-10)
+        for ours, theirs in zip(principal_angles(first, second), (columns, rows), strict=True):
+            # Where some angles are below 45 degrees and some above, scipy 1.17 exchanges sine and
+            # cosine, and its small angles are good to the root of the rounding only.
+            small = theirs < np.pi / 4
+            mixed = bool(small.any() and not small.all())
+            np.testing.assert_allclose(ours.numpy(), theirs[::-1], atol=5e-8 if mixed else 1e-10)
 
 
 def test_principal_angles_see_angles_that_cosines_do_not() -> None:
