@@ -97,6 +97,12 @@ def open_adapter(path: str | Path, weight: float = 1.0) -> AdapterArrays:
     config_file, weights_file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     raw = read_config(config_file)
     check_supported(raw, str(config_file))
+    if raw.get("target_parameters"):
+        raise ConfigError(
+            f"{config_file}: target_parameters = {raw['target_parameters']!r} means bare "
+            "parameters, and which of a module's an adapter is on only the model tells.",
+            hint="Load the base and the adapter in torch, and merge there (gauge_ext.merge).",
+        )
     factors = _pair_up(read_header(weights_file, AdapterFormatError), weights_file)
     config = from_peft(raw, str(config_file), list(factors))
     _require_plain(raw, config_file)

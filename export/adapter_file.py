@@ -210,7 +210,7 @@ def effective_factors(
         adapter_config(adapter)  # says what is wrong where nothing is attached
     for name, layer in layers.items():
         found = {k: t for k, t in layer.state_dict().items() if k.startswith("lora_")}
-        _require_plain(name, found)
+        _require_plain(name, {**found, "kind": layer.kind})
     factors = {
         name: _scaled(layer.lora_A, layer.lora_B, layer.scaling) for name, layer in layers.items()
     }

@@ -37,6 +37,9 @@ class LoRAConfig:
             one regular expression for whole paths, or "all-linear": every ``nn.Linear`` but the
             output embeddings.
         exclude_modules: Names, or an expression, of modules that are left out all the same.
+        target_parameters: Bare parameters that get an adapter beside, each by its path or the end
+            of it, such as "experts.down_proj": matrices, or stacks of them as MoE experts have.
+            With ``target_modules=[]`` they alone do.
         use_rslora: s = alpha / sqrt(rank) instead (rank-stabilised, arXiv:2312.03732).
         use_dora: Whether the length of each weight's rows is trained apart from their direction
             (DoRA, arXiv:2402.09353).
@@ -73,6 +76,7 @@ class LoRAConfig:
     dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -98,7 +102,12 @@ class LoRAConfig:
         keep("dropout", _finite("dropout", self.dropout))
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}.")
+        if isinstance(self.target_parameters, str):
+            raise _wrong("target_parameters", "a list of names or None", self.target_parameters)
+        keep("target_parameters", _selector("target_parameters", self.target_parameters))
         targets = _selector("target_modules", self.target_modules)
+        if targets is None and self.target_parameters and self.target_modules is not None:
+            targets = ()
         if targets is None:
             raise ConfigError(
                 f"target_modules must name at least one module, got {self.target_modules!r}.",
@@ -171,6 +180,10 @@ class LoRAConfig:
             return True
         return patterns.selects(self.target_modules, name) and self._in_chosen_layer(name)
 
+    def selects_parameter(self, name: str) -> bool:
+        """Say whether the parameter at path ``name`` is a target."""
+        return patterns.selects(self.target_parameters or (), name)
+
     def _in_chosen_layer(self, name: str) -> bool:
         layers = self.layers_to_transform
         if layers is None:
@@ -188,8 +201,12 @@ class LoRAConfig:
     def name_for(path: str, kind: Kind) -> str:
         """Return the path by which patterns mean the adapter at ``path``.
 
-        The output projection of an attention goes by the attention's own.
+        The output projection of an attention goes by the attention's own, and the adapter on a
+        parameter by the parameter's.
         """
+        if kind == "parameter":
+            holder, _, child = path.rpartition(".")
+            return f"{holder}.{child.removeprefix('lora_')}"
         return path.rpartition(".")[0] if kind == "out_proj" else path
 
     def rank_for(self, name: str) -> int:

@@ -49,7 +49,7 @@ class AdaptedLayer(nn.Module):
     """
 
     bases: ClassVar[tuple[type[nn.Module], ...]] = ()
-    weight_name: ClassVar[str] = "weight"
+    weight_name: str = "weight"
     kind: ClassVar[Kind] = "linear"
     is_linear: ClassVar[bool] = False
     output_axis: ClassVar[int] = 0
@@ -203,9 +203,14 @@ class AdaptedLayer(nn.Module):
         return weight.mT if self.output_axis and weight.dim() == 2 else weight
 
     @property
+    def owner(self) -> nn.Module:
+        """The module whose parameter the adapted weight is."""
+        return self
+
+    @property
     def base_weight(self) -> Tensor:
         """The adapted weight: the base's own, or the merged one."""
-        return cast("Tensor", getattr(self, self.weight_name))
+        return cast("Tensor", getattr(self.owner, self.weight_name))
 
     def magnitude_shape(self) -> tuple[int, ...]:
         """Return the shape of lora_magnitude in a file."""
@@ -336,9 +341,9 @@ class AdaptedLayer(nn.Module):
         """Make ``merged``, a result of :meth:`merged_parameters`, the layer's own."""
         kept: dict[str, nn.Parameter | None] = {}
         for name, value in merged.items():
-            base = kept[name] = cast("nn.Parameter | None", getattr(self, name))
+            base = kept[name] = cast("nn.Parameter | None", getattr(self.owner, name))
             trained = base is not None and base.requires_grad
-            setattr(self, name, nn.Parameter(value, requires_grad=trained))
+            setattr(self.owner, name, nn.Parameter(value, requires_grad=trained))
         self._kept = kept if keep_base else {}
         self.merged = True
 
@@ -352,7 +357,7 @@ class AdaptedLayer(nn.Module):
             state = "was merged with keep_base=False" if self.merged else "is not merged"
             raise AdapterStateError(f"the layer {state}, so it cannot be unmerged.")
         for name, base in self._kept.items():
-            setattr(self, name, base)
+            setattr(self.owner, name, base)
         self._kept = {}
         self.merged = False
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 # - "linear": A (r, in), B (out, r); also convolutions, A (r, in, *k), B (out, r / groups, 1, ...)
 # - "embedding": A (r, vocab), B (dim, r)
 # - "out_proj": as "linear", for the output projection inside nn.MultiheadAttention
-Kind = Literal["linear", "embedding", "out_proj"]
+# - "parameter": A (r E, in), B (out, r E), for E stacked matrices in a bare parameter
+Kind = Literal["linear", "embedding", "out_proj", "parameter"]
 
 
 class Adapter(Protocol):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.checkpoint.format import LoRAPair
 from gauge_ext.checkpoint.hashing import HashedFactor, hash_factors
+from gauge_ext.checkpoint.nesting import file_names
 from gauge_ext.models import adapter_config, adapters, attached_modules, whole_parameters
 
 
@@ -27,9 +28,12 @@ def adapter_digest(
     base, dropout) are not part of it.
     """
     scalings = {
-        name: config.scaling_for(config.name_for(name, pair.kind)) for name, pair in tensors.items()
+        name: config.scaling_for(
+            name if pair.kind == "parameter" else config.name_for(name, pair.kind)
+        )
+        for name, pair in tensors.items()
     }
-    return _digest(scalings, tensors, whole or {})
+    return _digest(config, scalings, tensors, whole or {})
 
 
 def adapter_sha256(model: nn.Module) -> str:
@@ -46,25 +50,43 @@ def adapter_sha256(model: nn.Module) -> str:
     layers = adapters(owner)
     if not layers:
         adapter_config(model)  # says what is wrong where nothing is attached
-    return _digest(
-        {name: layer.scaling for name, layer in layers.items()},
-        {name: LoRAPair.of(layer) for name, layer in layers.items()},
-        whole_parameters(owner),
-    )
+    names = file_names(layers)
+    pairs = {names[path]: LoRAPair.of(layer) for path, layer in layers.items()}
+    scalings = {names[path]: layer.scaling for path, layer in layers.items()}
+    on_parameters = [name for name, pair in pairs.items() if pair.kind == "parameter"]
+    config = adapter_config(owner) if on_parameters else LoRAConfig()
+    for name in on_parameters:
+        scalings[name] = config.scaling_for(name)
+    return _digest(config, scalings, pairs, whole_parameters(owner))
 
 
 def _digest(
-    scalings: Mapping[str, float], tensors: Mapping[str, LoRAPair], whole: Mapping[str, Tensor]
+    config: LoRAConfig,
+    scalings: Mapping[str, float],
+    tensors: Mapping[str, LoRAPair],
+    whole: Mapping[str, Tensor],
 ) -> str:
     modules = [
-        (name, scalings[name], map(_hashed, tensors[name].tensors.values()))
-        for name in sorted(tensors)
+        (_label(config, name, pair), scalings[name], map(_hashed, pair.tensors.values()))
+        for name, pair in sorted(tensors.items())
     ]
     # The table of an adapted embedding, which PEFT saves along, is the base's own.
     trained = sorted(name for name in whole if name.removesuffix(".weight") not in tensors)
     return hash_factors(
         itertools.chain(modules, ((name, 1.0, [_hashed(whole[name])]) for name in trained))
     )
+
+
+def _label(config: LoRAConfig, name: str, pair: LoRAPair) -> str:
+    """The path; for a bare parameter also all that says which it is, and how it is scaled.
+
+    A file names the module that holds the parameter, so without the model there is no telling
+    which of the patterns is meant.
+    """
+    if pair.kind != "parameter":
+        return name
+    said = (sorted(config.target_parameters or ()), config.rank_pattern, config.alpha_pattern)
+    return f"{name} {said}"
 
 
 def _hashed(factor: Tensor) -> HashedFactor:

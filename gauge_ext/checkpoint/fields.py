@@ -24,6 +24,7 @@ OWN = {
     "lora_dropout": "dropout",
     "target_modules": "target_modules",
     "exclude_modules": "exclude_modules",
+    "target_parameters": "target_parameters",
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
     "lora_bias": "lora_bias",
@@ -49,7 +50,6 @@ def _absent(value: Any) -> bool:
 
 # Fields that change what the adapted model computes -> (whether a value leaves it off, what it is).
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "target_parameters": (_unset, "adapters on bare parameters"),
     "trainable_token_indices": (_unset, "trained tokens"),
     "layer_replication": (_unset, "replicated layers"),
     "ensure_weight_tying": (_unset, "tied adapters"),
@@ -111,7 +111,6 @@ DEFAULTS: dict[str, Any] = {
     "peft_version": PEFT_VERSION,
     "qalora_group_size": 16,
     "revision": None,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
@@ -179,10 +178,11 @@ def from_peft(raw: Mapping[str, Any], where: str, modules: list[str]) -> LoRACon
         "layers_to_transform",
         "layers_pattern",
         "modules_to_save",
+        "target_parameters",
     ):
         if values.get(name) in ([], ""):
             del values[name]
-    values.setdefault("target_modules", modules)
+    values.setdefault("target_modules", [] if values.get("target_parameters") else modules)
     started = raw.get("init_lora_weights")
     init: Init = started if started in ("gaussian", "orthogonal") else "kaiming"
     dropped = {*OWN, *REFUSED, "runtime_config", "peft_version"}

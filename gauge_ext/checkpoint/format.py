@@ -7,6 +7,7 @@ The key of a factor is ``base_model.model.`` + the module's path + ``.lora_A.wei
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from gauge_ext.errors import AdapterFormatError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gauge_ext.adapters import Adapter, Kind
+    from gauge_ext.adapters import Adapter, Kind, LoRAConfig
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -31,13 +32,15 @@ SUFFIXES: dict[Kind, dict[str, str]] = {
     "linear": {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", **_COMMON},
     "embedding": {"lora_A": ".lora_embedding_A", "lora_B": ".lora_embedding_B", **_COMMON},
     "out_proj": {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"},
+    # After the "linear" ones, as which such keys are read: see with_parameters().
+    "parameter": {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"},
 }
 # PEFT wraps nn.MultiheadAttention, and its output projection again inside the wrapper.
 _OUT_PROJ = ".base_layer.out_proj"
 # As PEFT up to 0.12 wrote it.
 _OLD_MAGNITUDE = ".lora_magnitude_vector.weight"
 # A parameter of the base below PEFT's wrapper, such as a bias that was trained.
-_WRAPPED = ".base_layer"
+WRAPPED = ".base_layer"
 
 # What other kinds of LoRA leave in a file, by a part of the key -> what it is. The first hit names
 # the key in the error.
@@ -55,8 +58,10 @@ class LoRAPair:
     """The two factors of one module's update, and what else its adapter has.
 
     Attributes:
-        lora_A: ``(r, in)``; of a convolution ``(r, in, *kernel)``.
-        lora_B: ``(out, r)``, of lora_A's dtype; of a convolution ``(out, r / groups, 1, ...)``.
+        lora_A: ``(r, in)``; of a convolution ``(r, in, *kernel)``, of E stacked matrices
+            ``(r E, in)``.
+        lora_B: ``(out, r)``, of lora_A's dtype; of a convolution ``(out, r / groups, 1, ...)``, of
+            stacked matrices ``(out, r E)``.
         lora_magnitude: That of DoRA, ``(out,)`` or ``(1, out, 1, ...)``; None for none.
         lora_bias: That of the branch, ``(out,)``; None for none.
         kind: How they are laid out and named, see :class:`~gauge_ext.adapters.Adapter`.
@@ -90,7 +95,7 @@ class LoRAPair:
 
     @property
     def rank(self) -> int:
-        """The number of rows of lora_A."""
+        """The number of rows of lora_A; for stacked matrices it is E times the rank of each."""
         return self.lora_A.shape[0]
 
 
@@ -114,9 +119,36 @@ def module_of(key: str) -> tuple[str, Kind, str] | None:
                 path = _bare(key.removesuffix(suffix))
                 if path.endswith(_OUT_PROJ):
                     path, kind = f"{path.removesuffix(_OUT_PROJ)}.out_proj", "out_proj"
-                # A module inside PEFT's own wrapper has no path in the bare model.
-                return (path, kind, name) if path and ".base_layer" not in f".{path}" else None
+                # A module inside PEFT's own wrapper has no path in the bare model; the wrapper
+                # itself is one of a parameter.
+                return (path, kind, name) if path and WRAPPED not in unwrapped(path) else None
     return None
+
+
+def unwrapped(path: str) -> str:
+    """Return a path without the wrappers of PEFT at its end."""
+    while path.endswith(WRAPPED):
+        path = path.removesuffix(WRAPPED)
+    return path
+
+
+def with_parameters(
+    pairs: Mapping[str, LoRAPair], config: LoRAConfig, where: str
+) -> dict[str, LoRAPair]:
+    """Tell the adapters on bare parameters from the others: the config does, their keys do not.
+
+    Raises:
+        AdapterFormatError: An adapter lies inside another one, and the config speaks of no
+            parameters.
+    """
+    found = dict(pairs)
+    for name, pair in pairs.items():
+        nested = name.endswith(WRAPPED) or f"{name}{WRAPPED}" in pairs
+        if nested and not config.target_parameters:
+            raise _strange([f"{unwrapped(name)}{WRAPPED}.lora_A.weight"], where)
+        if config.target_parameters and (nested or not config.selects(name)):
+            found[name] = dataclasses.replace(pair, kind="parameter")
+    return found
 
 
 def _bare(path: str) -> str:
@@ -127,7 +159,9 @@ def _bare(path: str) -> str:
 def whole_key(path: str, pairs: Mapping[str, LoRAPair]) -> str:
     """Return the key of a whole parameter of the base, which lies below PEFT's wrapper or not."""
     module, _, name = path.rpartition(".")
-    return f"{PREFIX}{module}{_WRAPPED if module in pairs else ''}.{name}"
+    while module in pairs:
+        module += WRAPPED
+    return f"{PREFIX}{module}.{name}"
 
 
 def sort_out(
@@ -163,13 +197,9 @@ def sort_out(
                 kinds[module] = kind
             continue
         module, _, name = _bare(key).rpartition(".")
-        below = module.endswith(_WRAPPED)
-        if (
-            (below or whole)
-            and ".lora_" not in key
-            and _WRAPPED not in module.removesuffix(_WRAPPED)
-        ):
-            others[f"{module.removesuffix(_WRAPPED)}.{name}".lstrip(".")] = tensor
+        below = module.endswith(WRAPPED)
+        if (below or whole) and ".lora_" not in key and WRAPPED not in unwrapped(module):
+            others[f"{unwrapped(module)}.{name}".lstrip(".")] = tensor
         else:
             strange.append(key)
     if strange:

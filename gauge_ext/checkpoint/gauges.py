@@ -17,7 +17,7 @@ from gauge_ext.geometry.equal_energy import quantisation_factor
 from gauge_ext.geometry.fingerprint import Fingerprint, fingerprint_points
 from gauge_ext.geometry.gauge import GaugeName
 from gauge_ext.models import adapter_config, adapters
-from gauge_ext.models.regauge import regauge_factors, regauge_model
+from gauge_ext.models.regauge import regauge_factors, regauge_model, require_one_matrix
 
 Saved = AdapterCheckpoint | str | os.PathLike[str]
 
@@ -72,6 +72,7 @@ def regauge(
     config = checkpoint.config
     tensors = {}
     for name, pair in checkpoint.tensors.items():
+        require_one_matrix(name, pair.kind)
         scaling = config.scaling_for(name)
         b, a, _, _ = regauge_factors(name, pair.lora_B, pair.lora_A, scaling, gauge)
         tensors[name] = dataclasses.replace(pair, lora_A=a, lora_B=b)
@@ -131,19 +132,19 @@ def adapter_points(adapter: nn.Module | Saved) -> dict[str, LoRAPoint]:
     if isinstance(adapter, nn.Module):
         adapter_config(adapter)  # says what is wrong where nothing is attached
         return {
-            name: _point(pair.lora_B, pair.lora_A, layer.scaling)
+            name: _point(name, LoRAPair.of(layer), layer.scaling)
             for name, layer in adapters(adapter).items()
-            for pair in [LoRAPair.of(layer)]
         }
     checkpoint = _checkpoint(adapter)
     return {
-        name: _point(pair.lora_B, pair.lora_A, checkpoint.config.scaling_for(name))
+        name: _point(name, pair, checkpoint.config.scaling_for(name))
         for name, pair in checkpoint.tensors.items()
     }
 
 
-def _point(lora_B: Tensor, lora_A: Tensor, scaling: float) -> LoRAPoint:
-    b, a = lora_B.detach().flatten(1).double(), lora_A.detach().flatten(1).double()
+def _point(name: str, pair: LoRAPair, scaling: float) -> LoRAPoint:
+    require_one_matrix(name, pair.kind)
+    b, a = pair.lora_B.detach().flatten(1).double(), pair.lora_A.detach().flatten(1).double()
     return LoRAPoint(b * scaling, a)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gauge_ext.adapters import AdaptedLayer, variant_for
+from gauge_ext.checkpoint.placing import placed
 from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, TargetError
 from gauge_ext.models import whole
@@ -51,6 +52,7 @@ def load_adapter(
     """
     checkpoint = read_adapter(path, allow_pickle=allow_pickle)
     inner = unwrap(model)
+    checkpoint, parameters = placed(checkpoint, inner)
     if present := lora_layers(inner):
         _require_same(inner, checkpoint, present)
         config = dataclasses.replace(
@@ -58,8 +60,11 @@ def load_adapter(
         )
         record(inner, dataclasses.replace(attachment(inner), config=config))
     else:
-        put_on(inner, checkpoint.config, _layers_for(inner, checkpoint), {})
+        layers = _layers_for(inner, checkpoint)
+        put_on(inner, checkpoint.config, layers, {}, parameters)
     try:
+        if parameters and not present:
+            _require_shapes(checkpoint, lora_layers(inner))
         _fill(checkpoint, lora_layers(inner), trainable=trainable)
         _fill_whole(checkpoint, inner, trainable=trainable)
     except BaseException:
@@ -124,10 +129,11 @@ def _fill_whole(checkpoint: AdapterCheckpoint, model: nn.Module, *, trainable: b
 def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn.Module]:
     """Return the layers of a bare model that the file names, if it fits them."""
     modules = dict(model.named_modules())
-    if unknown := [name for name in checkpoint.tensors if name not in modules]:
+    names = [name for name, pair in checkpoint.tensors.items() if pair.kind != "parameter"]
+    if unknown := [name for name in names if name not in modules]:
         raise _other_model(model, checkpoint, unknown)
     layers: dict[str, nn.Module] = {}
-    for name in checkpoint.tensors:
+    for name in names:
         module = modules[name]
         inside = checkpoint.tensors[name].kind == "out_proj"
         if inside and checkpoint.config.name_for(name, "out_proj") not in checkpoint.tensors:
@@ -168,9 +174,14 @@ def _require_shapes(checkpoint: AdapterCheckpoint, layers: Mapping[str, nn.Modul
             continue  # blocker() has refused it
         theirs = {factor: tuple(tensor.shape) for factor, tensor in pair.tensors.items()}
         theirs = {name: theirs[name] for name in ("lora_A", "lora_B")}
-        ours = dict(zip(theirs, variant.factor_shapes(layer, pair.rank), strict=True))
+        # That of stacked matrices is not in the shapes alone.
+        named = checkpoint.config.name_for(name, pair.kind)
+        rank = checkpoint.config.rank_for(named) if pair.kind == "parameter" else pair.rank
+        ours = dict(zip(theirs, variant.factor_shapes(layer, rank), strict=True))
         if pair.kind != variant.kind or theirs != ours:
-            weight = tuple(getattr(layer, variant.weight_name).shape)
+            holder = layer.owner if isinstance(layer, AdaptedLayer) else layer
+            adapted = layer if isinstance(layer, AdaptedLayer) else variant
+            weight = tuple(getattr(holder, adapted.weight_name).shape)
             raise AdapterMismatchError(
                 f"the adapter for {name!r} does not fit: it has {_shapes(theirs)}, and the model's "
                 f"weight of shape {weight} needs {_shapes(ours)}.",
@@ -204,7 +215,7 @@ def _require_same(
     _require_shapes(checkpoint, layers)
     for name, layer in layers.items():
         pair = checkpoint.tensors[name]
-        if layer.rank != pair.lora_A.shape[0]:
+        if pair.kind != "parameter" and layer.rank != pair.rank:
             raise AdapterMismatchError(
                 f"the adapter at {name!r} has rank {layer.rank}, lora_A "
                 f"{tuple(layer.lora_A.shape)}, and that in {checkpoint.path} has rank "

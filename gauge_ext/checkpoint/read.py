@@ -17,7 +17,14 @@ from gauge_ext.adapters import LoRAConfig
 from gauge_ext.checkpoint.digest import adapter_digest
 from gauge_ext.checkpoint.fields import check_supported, from_peft
 from gauge_ext.checkpoint.folder import read_config, require_adapter
-from gauge_ext.checkpoint.format import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, LoRAPair, sort_out
+from gauge_ext.checkpoint.format import (
+    CONFIG_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    LoRAPair,
+    sort_out,
+    with_parameters,
+)
 from gauge_ext.errors import AdapterFormatError, ConfigError, NonFiniteError
 
 
@@ -93,8 +100,12 @@ def read_adapter(path: str | os.PathLike[str], *, allow_pickle: bool = False) ->
     says_whole = bool(raw.get("modules_to_save")) or raw.get("bias") not in (None, "none")
     tensors, whole = sort_out(_read_weights(weights_file), str(weights_file), whole=says_whole)
     config = from_peft(raw, str(config_file), list(tensors))
+    tensors = with_parameters(tensors, config, str(weights_file))
     for name, pair in tensors.items():
-        if pair.rank != config.rank_for(config.name_for(name, pair.kind)):
+        # Which parameter an adapter is on, and so which rank it has, only the model knows.
+        if pair.kind != "parameter" and pair.rank != config.rank_for(
+            config.name_for(name, pair.kind)
+        ):
             raise AdapterFormatError(
                 f"{folder}: the rank of {name!r} is {config.rank_for(name)} by {CONFIG_NAME} (r, "
                 f"rank_pattern), but its weights have lora_A {tuple(pair.lora_A.shape)} and lora_B "

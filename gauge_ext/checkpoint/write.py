@@ -34,6 +34,7 @@ from gauge_ext.checkpoint.format import (
     keys_of,
     whole_key,
 )
+from gauge_ext.checkpoint.nesting import file_names
 from gauge_ext.checkpoint.portable import make_portable
 from gauge_ext.checkpoint.staging import staged_folder, write_bytes
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError, NonFiniteError
@@ -86,9 +87,19 @@ def save_adapter(
     for name, layer in layers.items():
         _check(name, layer, config)
         _require_finite(name, pairs[name])
-    targets = [name for name, layer in layers.items() if layer.kind != "out_proj"]
+    targets = [n for n, layer in layers.items() if layer.kind not in ("out_proj", "parameter")]
     config = describe(inner, config, targets)
-    if portable or any(pair.rank != layers[name].rank for name, pair in pairs.items()):
+    on_parameters = [name for name, pair in pairs.items() if pair.kind == "parameter"]
+    started = any(
+        pair.rank != layers[name].rank for name, pair in pairs.items() if name not in on_parameters
+    )
+    if on_parameters and (portable or started):
+        raise ConfigError(
+            f"an adapter on a bare parameter, as at {on_parameters[0]!r}, can be saved neither "
+            "with portable=True nor beside layers that start with a nonzero product.",
+            hint="Merge the adapter into the base.",
+        )
+    if portable or started:
         # A start that took from the base makes an update of twice the rank.
         scalings = {name: layer.scaling for name, layer in layers.items()}
         if portable:
@@ -125,7 +136,8 @@ def save_adapter(
         save_embedding_layers = not isinstance(named, str) and bool({*named} & _EMBEDDINGS)
     if save_embedding_layers:
         whole |= _embeddings(inner, layers)
-    return _write(written, pairs, path, whole)
+    names = file_names(layers)
+    return _write(written, {names[name]: pair for name, pair in pairs.items()}, path, whole)
 
 
 def _embeddings(model: nn.Module, layers: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:
@@ -167,7 +179,10 @@ def write_adapter(
         WriteError: The system refused a write; nothing is left or changed at ``path``.
     """
     for name, pair in tensors.items():
-        if pair.rank != config.rank_for(config.name_for(name, pair.kind)):
+        # Which parameter an adapter is on, and so which rank it has, only the model knows.
+        if pair.kind != "parameter" and pair.rank != config.rank_for(
+            config.name_for(name, pair.kind)
+        ):
             raise AdapterMismatchError(
                 f"the factors of {name} have rank {pair.rank}, and the config says rank "
                 f"{config.rank_for(name)}.",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TypeVar, cast
 
 from torch import nn
 
 from gauge_ext.adapters import AdaptedLayer, Adapter, LoRAConfig, LowRankAdapter, adapt, variant_for
+from gauge_ext.adapters.parameter import adapt_parameter
 from gauge_ext.errors import AdapterStateError, ConfigError
 from gauge_ext.models import fast_path, whole
 from gauge_ext.models.targets import find_targets, nearest_hint
@@ -70,7 +72,7 @@ def attach(model: ModelT, config: LoRAConfig) -> ModelT:
             + nearest_hint(inner, match.unmatched),
             stacklevel=2,
         )
-    put_on(inner, config, match.layers, match.skipped)
+    put_on(inner, config, match.layers, match.skipped, match.parameters)
     return model
 
 
@@ -79,8 +81,9 @@ def put_on(
     config: LoRAConfig,
     layers: Mapping[str, nn.Module],
     skipped: Mapping[str, str],
+    parameters: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> None:
-    """Adapt exactly ``layers`` of a bare ``model``: all of them, or on any failure none."""
+    """Adapt exactly ``layers`` and ``parameters`` of a bare ``model``: all, or on failure none."""
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     adapted: list[AdaptedLayer] = []
     try:
@@ -88,6 +91,9 @@ def put_on(
             variant = variant_for(layer)
             named = config.name_for(name, variant.kind) if variant is not None else name
             adapted.append(adapt(layer, config.spec_for(named)))
+        for path, holder in parameters.items():
+            spec = config.spec_for(path)
+            adapted.append(adapt_parameter(holder, path.rpartition(".")[2], spec))
     except BaseException:
         for done in adapted:
             done.to_base()
@@ -98,7 +104,8 @@ def put_on(
             parameter.requires_grad_(False)
     own_whole = whole.replace(model, whole.chosen(model, config, layers))
     switches = fast_path.suspend(model, layers)
-    record(model, Attachment(config, tuple(layers), dict(skipped), trainable, switches, own_whole))
+    names = tuple(lora_layers(model)) if parameters else tuple(layers)
+    record(model, Attachment(config, names, dict(skipped), trainable, switches, own_whole))
 
 
 def detach(model: ModelT) -> ModelT:

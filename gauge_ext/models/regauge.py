@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gauge_ext.adapters import AdaptedLayer
+from gauge_ext.adapters import AdaptedLayer, Kind
 from gauge_ext.errors import AdapterStateError, GaugeError, GeometryError, NonFiniteError
 from gauge_ext.geometry import LoRAPoint
 from gauge_ext.geometry.gauge import GaugeName, to_gauge
@@ -50,10 +50,12 @@ def regauge_model(model: nn.Module, gauge: GaugeName) -> dict[str, Tensor]:
         ConfigError: There is no such gauge.
         AdapterStateError: No adapters are attached.
         NonFiniteError: A factor holds NaN or infinity, or would leave the range of its dtype.
+        GeometryError: An adapter is on a grouped convolution or on a bare parameter.
     """
     adapter_config(model)  # says what is wrong where nothing is attached
     found = {}
     for name, layer in lora_layers(model).items():
+        require_one_matrix(name, layer.kind)
         b, a, g, rank = regauge_factors(name, layer.lora_B, layer.lora_A, layer.scaling, gauge)
         if rank == layer.rank:
             found[name] = (layer, b, a, g)
@@ -61,6 +63,19 @@ def regauge_model(model: nn.Module, gauge: GaugeName) -> dict[str, Tensor]:
         layer.lora_B.copy_(b)
         layer.lora_A.copy_(a)
     return {name: g for name, (_, _, _, g) in found.items()}
+
+
+def require_one_matrix(name: str, kind: Kind) -> None:
+    """Refuse an adapter whose factors are those of many matrices.
+
+    Raises:
+        GeometryError: It is on a bare parameter.
+    """
+    if kind == "parameter":
+        raise GeometryError(
+            f"{name}: the adapter on a bare parameter (target_parameters) is one of several "
+            "matrices, and no point of one bundle."
+        )
 
 
 def regauge_factors(

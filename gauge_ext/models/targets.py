@@ -10,6 +10,7 @@ from torch import nn
 
 from gauge_ext.adapters import patterns
 from gauge_ext.adapters.config import LoRAConfig
+from gauge_ext.adapters.parameter import reason_against_parameter
 from gauge_ext.adapters.registry import unsupported_reason, variant_for
 from gauge_ext.errors import TargetError
 from gauge_ext.models.whole import saved_modules
@@ -30,11 +31,13 @@ class TargetMatch:
         layers: The layers to be adapted, by path, in the model's order.
         skipped: Layers that "all-linear" or ``modules_to_save`` left out -> why.
         unmatched: Names in ``target_modules`` that no module answers to.
+        parameters: The parameters to be adapted, by path: the modules that hold them.
     """
 
     layers: dict[str, nn.Module]
     skipped: dict[str, str]
     unmatched: tuple[str, ...]
+    parameters: dict[str, nn.Module]
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
@@ -83,13 +86,49 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
                 )
             layers |= _with_companions(name, module)
     unmatched = _unmatched(model, config)
-    if not layers:
+    parameters = target_parameters(model, config)
+    for path, holder in parameters.items():
+        if holder in layers.values():
+            raise TargetError(
+                f"target_parameters name {path!r}, and target_modules {_shown(config)} the module "
+                "that holds it; one adapter is all it can carry.",
+                hint="Leave it out of target_modules.",
+            )
+    if not layers and not parameters:
         raise TargetError(
             f"target_modules {_shown(config)} matches no module of {type(model).__name__} that "
             f"can carry an adapter{_why_none(config, skipped)}.",
             hint=nearest_hint(model, unmatched),
         )
-    return TargetMatch(layers, skipped, unmatched)
+    return TargetMatch(layers, skipped, unmatched, parameters)
+
+
+def target_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """Find the parameters that ``target_parameters`` mean: path -> the module that holds it.
+
+    Raises:
+        TargetError: A name means no parameter, or one that cannot carry an adapter.
+    """
+    found = {
+        f"{path}.{name}": module
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+        if path and config.selects_parameter(f"{path}.{name}")
+    }
+    for entry in config.target_parameters or ():
+        if not any(patterns.name_selects(entry, path) for path in found):
+            stacks = [path for path, p in model.named_parameters() if p.dim() == 3]
+            raise TargetError(
+                f"target_parameters names {entry!r}, and no module of {type(model).__name__} holds "
+                "a parameter that is called so.",
+                hint=f"Parameters with three sides are: {', '.join(stacks[:6]) or 'none'}.",
+            )
+    for path, module in found.items():
+        if reason := reason_against_parameter(module, path.rpartition(".")[2]):
+            raise TargetError(
+                f"target_parameters names {path!r}, which cannot carry an adapter: {reason}."
+            )
+    return found
 
 
 def _with_companions(name: str, module: nn.Module) -> dict[str, nn.Module]:

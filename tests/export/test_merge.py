@@ -19,6 +19,8 @@ from gauge_ext.checkpoint import LoRAPair, describe_pairs, write_adapter
 from gauge_ext.errors import AdapterMismatchError, ConfigError, NonFiniteError, WriteError
 from gauge_ext.export import merge as merge_module
 from gauge_ext.export import merge_checkpoint, update
+from gauge_ext.export.adapter_arrays import open_adapter
+from gauge_ext.export.adapter_file import effective_factors
 from gauge_ext.export.merge import PROVENANCE_NAME
 
 transformers = pytest.importorskip("transformers")
@@ -392,3 +394,13 @@ def test_memory_stays_small(tmp_path):
     assert (folder / "model.safetensors").stat().st_size > 300 * 2**20
     assert 0 < float(done.stdout) < 64
     assert tensors_of(tmp_path / "out")["layers.5.q.weight"].eq(8.0).all()
+
+
+def test_bare_parameters_take_the_model(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    config = gauge_ext.LoRAConfig(target_modules=[], target_parameters=["0.weight"])
+    gauge_ext.save_adapter(gauge_ext.attach(model, config), tmp_path)
+    with pytest.raises(ConfigError, match=r"target_parameters = \['0.weight'\].*only the model"):
+        open_adapter(tmp_path)
+    with pytest.raises(AdapterMismatchError, match="no matrices of a linear layer"):
+        effective_factors(model)

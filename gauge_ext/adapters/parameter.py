@@ -1,0 +1,206 @@
+"""An adapter on one bare parameter of a module, such as the stacked weights of experts."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from gauge_ext.adapters import inits
+from gauge_ext.adapters.dtypes import FLOAT_DTYPES
+from gauge_ext.adapters.layer import AdaptedLayer
+from gauge_ext.adapters.protocol import Kind
+from gauge_ext.adapters.spec import AdapterSpec
+from gauge_ext.errors import TargetError
+
+# The adapter on the parameter `down_proj` is the submodule `lora_down_proj` of its holder.
+CHILD = "lora_"
+
+
+class LoRAParameter(AdaptedLayer):
+    r"""A low-rank update of each matrix in a parameter W ``(E, out, in)``.
+
+    .. math:: W_e + s\,B_e A_e, \qquad e = 1 \ldots E
+
+    with ``lora_A`` ``(r E, in)``, one expert after the other, and ``lora_B`` ``(out, r E)``, in
+    which the E columns of one direction lie together: PEFT's layout for ``target_parameters``. A
+    matrix W ``(out, in)`` counts as E = 1. Where the holder says ``is_transposed``, as Llama 4's
+    experts do, W is ``(E, in, out)`` and so is the update, :math:`A_e^T B_e^T`.
+
+    It is a submodule of the module that holds W, its ``owner``, whose forward it does not know:
+    while that runs, the sum stands in W's place. So there is no dropout, of which there would have
+    to be an input, and the sum has W's dtype: beside a bfloat16 W a small update is rounded like a
+    merged one, as in PEFT.
+    """
+
+    kind: ClassVar[Kind] = "parameter"
+
+    def __init__(self, owner: nn.Module, name: str, spec: AdapterSpec) -> None:
+        super().__init__()
+        # In a tuple, so that the owner does not become a submodule of its own submodule.
+        self._owner = (owner,)
+        self.weight_name = name
+        self._add_adapter(spec)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the parameter."""
+        return self._owner[0]
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        weight = self.base_weight
+        return weight.shape[0] if weight.dim() == 3 else 1
+
+    @property
+    def rank(self) -> int:
+        """R, the rank of one expert's update."""
+        return self.lora_A.shape[0] // self.experts
+
+    @classmethod
+    def reason_against_spec(cls, module: nn.Module, spec: AdapterSpec) -> str | None:
+        """Say why the adapter cannot be as ``spec`` says, or return None where it can."""
+        if spec.dropout:
+            return f"dropout ({spec.dropout}) is on inputs, and a bare parameter has none"
+        for field in ("use_dora", "lora_bias"):
+            if getattr(spec, field):
+                return f"a bare parameter takes plain adapters only, without {field}, as in PEFT"
+        return super().reason_against_spec(module, spec)
+
+    @classmethod
+    def factor_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return ``(rank * E, in)`` and ``(out, rank * E)``."""
+        weight = module.base_weight
+        experts = weight.shape[0] if weight.dim() == 3 else 1
+        out, size = weight.shape[-2:]
+        if module.is_transposed:
+            out, size = size, out
+        return (rank * experts, size), (out, rank * experts)
+
+    def start_factors(self, lora_A: Tensor, lora_B: Tensor, spec: AdapterSpec) -> None:
+        """Fill fresh factors; each expert's start as a linear layer's of rank r."""
+        for a in lora_A.view(self.experts, spec.rank, -1):
+            inits.start(a, lora_B, spec.init, self.base_weight, spec.scaling)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the matrices of the weight are ``(in, out)``; only stacked ones can be."""
+        return self.base_weight.dim() == 3 and bool(getattr(self.owner, "is_transposed", False))
+
+    def product(self, lora_B: Tensor, lora_A: Tensor) -> Tensor:
+        """Return ``B_e A_e`` of every expert, in the layout of the weight."""
+        left, right = self._stacks(lora_B, lora_A)
+        return torch.bmm(left, right).view(self.base_weight.shape)
+
+    def _stacks(self, lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+        """Two stacks of E matrices whose products are the updates of the weight's."""
+        a = lora_A.unflatten(0, (self.experts, -1))
+        b = lora_B.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
+        return (a.mT, b.mT) if self.is_transposed else (b, a)
+
+    def adapted(self) -> Tensor:
+        """Return ``W + s B A``, of W's shape and dtype, differentiable in the factors."""
+        weight = self.base_weight
+        left, right = self._stacks(self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype))
+        stack = weight if weight.dim() == 3 else weight.unsqueeze(0)
+        # Autocast would give a sum of another dtype than the parameter that it stands for.
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.baddbmm(stack, left, right, alpha=self.scaling).view(weight.shape)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return ``W + s B A``, or the merged weight."""
+        return self.base_weight if self.merged else self.adapted()
+
+    def to_base(self) -> nn.Module:
+        """Take the adapter off its owner, with the weight of the moment, and return the owner."""
+        owner = self.owner
+        del owner._modules[CHILD + self.weight_name]
+        if isinstance(owner, LoRAHolder) and not owner.parameter_adapters():
+            cast("nn.Module", owner).__class__ = type(owner).held_class
+        return owner
+
+    def extra_repr(self) -> str:
+        """Say the parameter, its shape, and what every adapted layer says."""
+        return f"{self.weight_name} {tuple(self.base_weight.shape)}, {super().extra_repr()}"
+
+
+class LoRAHolder(nn.Module):
+    """A module of which some parameters have a :class:`LoRAParameter`.
+
+    It becomes one by the exchange of its class; its parameters keep their names, and are not
+    written to.
+    """
+
+    held_class: ClassVar[type[nn.Module]]
+
+    def parameter_adapters(self) -> dict[str, LoRAParameter]:
+        """Return its adapters by the names of the parameters."""
+        children = [m for m in self._modules.values() if isinstance(m, LoRAParameter)]
+        return {child.weight_name: child for child in children}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns with ``W + s B A`` in the place of W."""
+        there = vars(self)
+        adapted = {name: m() for name, m in self.parameter_adapters().items() if not m.merged}
+        # An attribute of the object is found before a registered parameter of that name.
+        there.update(adapted)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for name in adapted:
+                del there[name]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle a module whose class was made at run time by what it was made of."""
+        return _rebuild, (type(self).held_class,), self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+_made: dict[type[nn.Module], type[LoRAHolder]] = {}
+
+
+def _holder_class(held: type[nn.Module]) -> type[LoRAHolder]:
+    if held not in _made:
+        members = {"held_class": held, "__module__": __name__}
+        _made[held] = type(f"LoRA{held.__name__}", (LoRAHolder, held), members)
+    return _made[held]
+
+
+def _rebuild(held: type[nn.Module]) -> LoRAHolder:
+    kind = _holder_class(held)
+    return kind.__new__(kind)
+
+
+def reason_against_parameter(owner: nn.Module, name: str) -> str | None:
+    """Say why the parameter ``name`` of ``owner`` cannot carry an adapter, or return None."""
+    if isinstance(owner, AdaptedLayer):
+        return "the module that holds it has an adapter itself"
+    if "forward" in vars(owner):
+        return "the forward of its module was replaced on the object (by hooks, perhaps)"
+    weight = owner._parameters.get(name)
+    if weight is None:
+        return "it is not a plain parameter (reparametrised or pruned)"
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"it is {weight.dtype}, and only floating-point weights are supported"
+    if weight.dim() not in (2, 3):
+        return f"it must have the shape (out, in) or (experts, out, in), got {tuple(weight.shape)}"
+    if hasattr(owner, CHILD + name) and name not in getattr(owner, "parameter_adapters", dict)():
+        return f"its module has something called {CHILD + name} already"
+    return None
+
+
+def adapt_parameter(owner: nn.Module, name: str, spec: AdapterSpec) -> LoRAParameter:
+    """Put an adapter on the parameter ``name`` of ``owner`` itself and return it.
+
+    Raises:
+        TargetError: The parameter cannot carry this adapter.
+    """
+    reason = reason_against_parameter(owner, name) or LoRAParameter.reason_against_spec(owner, spec)
+    if reason:
+        raise TargetError(f"an adapter cannot be put on the parameter {name}: {reason}.")
+    adapter = LoRAParameter(owner, name, spec)
+    if not isinstance(owner, LoRAHolder):
+        owner.__class__ = _holder_class(type(owner))
+    owner.add_module(CHILD + name, adapter.train(owner.training))
+    return adapter
