@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -131,20 +132,20 @@ class Rows {
 template <typename acc_t>
 struct Factors {
   Tensor A, B;
-  std::vector<acc_t> transposed;
+  std::unique_ptr<acc_t[]> transposed;
   int64_t rank;
 
   Factors(const Tensor& lora_A, const Tensor& lora_B)
       : A(lora_A.to(c10::CppTypeToScalarType<acc_t>::value).contiguous()),
         B(lora_B.to(c10::CppTypeToScalarType<acc_t>::value).contiguous()),
-        transposed(static_cast<size_t>(lora_B.numel())),
+        transposed(std::make_unique_for_overwrite<acc_t[]>(static_cast<size_t>(lora_B.numel()))),
         rank(lora_A.size(0)) {
     low_rank_kernels<acc_t>().transpose(B.template const_data_ptr<acc_t>(), lora_B.size(0), rank,
-                                        acc_t(1), transposed.data());
+                                        acc_t(1), transposed.get());
   }
 
   const acc_t* right_A() const { return A.template const_data_ptr<acc_t>(); }
-  const acc_t* right_B() const { return transposed.data(); }
+  const acc_t* right_B() const { return transposed.get(); }
 };
 
 template <typename scalar_t>

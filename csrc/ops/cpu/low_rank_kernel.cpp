@@ -129,6 +129,34 @@ void merge(const scalar_t* weight,
   }
 }
 
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+// The transpose of 8 x 8 floats: neighbours are interleaved, then pairs, then halves of registers.
+inline void transpose_square(const float* from,
+                             int64_t stride,
+                             float scale,
+                             float* to,
+                             int64_t gap) {
+  __m256 row[8], pairs[8], fours[8];
+  for (int i = 0; i < 8; ++i) {
+    row[i] = _mm256_mul_ps(_mm256_loadu_ps(from + i * stride), _mm256_set1_ps(scale));
+  }
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      fours[i + 2 * k] = _mm256_shuffle_ps(pairs[i + k], pairs[i + k + 2], 0x44);
+      fours[i + 2 * k + 1] = _mm256_shuffle_ps(pairs[i + k], pairs[i + k + 2], 0xEE);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * gap, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * gap, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
+  }
+}
+#endif
+
 template <typename scalar_t, typename acc_t>
 void transpose(const scalar_t* x, int64_t rows, int64_t columns, acc_t scale, acc_t* to) {
   constexpr int64_t kSide = 8;
@@ -137,6 +165,12 @@ void transpose(const scalar_t* x, int64_t rows, int64_t columns, acc_t scale, ac
       const scalar_t* from = x + row * columns + column;
       acc_t* into = to + column * rows + row;
       if (row + kSide <= rows && column + kSide <= columns) {
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+        if constexpr (std::is_same_v<scalar_t, float>) {
+          transpose_square(from, columns, scale, into, rows);
+          continue;
+        }
+#endif
         for (int64_t c = 0; c < kSide; ++c) {
           for (int64_t i = 0; i < kSide; ++i) {
             into[c * rows + i] = scale * to_acc(from[i * columns + c]);
