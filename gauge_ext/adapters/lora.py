@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from gauge_ext import ops
 from gauge_ext.adapters import branches
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.spec import AdapterSpec, Init
+
+if TYPE_CHECKING:
+    from gauge_ext.adapters.shared_input import SharedInput
 
 
 class LoRALinear(AdaptedLayer, nn.Linear):
@@ -43,11 +46,14 @@ class LoRALinear(AdaptedLayer, nn.Linear):
         scaling: s, applied to the product of the factors.
         dropout_p: p.
         merged: Whether ``weight`` holds the update, so that the branch is left out of ``forward``.
+        shared_input: The layers that are computed together with this one, see
+            :func:`gauge_ext.models.group_shared_inputs`; None where it is by itself.
     """
 
     bases = (nn.Linear,)
     base_class: ClassVar[type[nn.Module]] = nn.Linear
     is_linear = True
+    shared_input: SharedInput | None = None
 
     def __init__(
         self,
@@ -127,6 +133,11 @@ class LoRALinear(AdaptedLayer, nn.Linear):
         Returns:
             ``(*batch, out)``.
         """
+        group = self.shared_input
+        if group is not None and not torch.compiler.is_compiling():
+            shared = group.forward(self, input)
+            if shared is not None:
+                return shared
         # nn.Module.__getattr__ costs about a microsecond for each parameter: look once.
         p: dict[str, Any] = self._parameters
         try:
@@ -143,3 +154,13 @@ class LoRALinear(AdaptedLayer, nn.Linear):
                 input, weight, bias, lora_A, lora_B, self.scaling, self.dropout_p, seed
             )
         return ops.lora_linear(input, weight, bias, lora_A, lora_B, self.scaling)
+
+    def to_base(self) -> nn.Module:
+        """Drop the adapter and be a plain layer again, with the weight of the moment."""
+        vars(self).pop("shared_input", None)
+        return super().to_base()
+
+    def __getstate__(self) -> Any:
+        # A group is of these very layers: copies and pickles are by themselves.
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name != "shared_input"}

@@ -226,4 +226,4 @@ class ManyLoRALinear(LoRALinear):
 
     def __getstate__(self) -> Any:
         # Rows are of one batch, not of the layer.
-        return {**super().__getstate__(), "rows": None}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), "rows": None}

@@ -38,6 +38,7 @@ from gauge_ext.models.many import (
 )
 from gauge_ext.models.merge import is_merged, merge, merged_copy, unmerge
 from gauge_ext.models.regauge import regauge_model, regauge_optimizer_state
+from gauge_ext.models.shared_inputs import group_shared_inputs, ungroup
 from gauge_ext.models.targets import TargetMatch, find_targets
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ __all__ = [
     "detach",
     "disable_adapters",
     "find_targets",
+    "group_shared_inputs",
     "is_merged",
     "lora_layers",
     "merge",
@@ -81,6 +83,7 @@ __all__ = [
     "regauge_optimizer_state",
     "rename_adapter",
     "set_adapters",
+    "ungroup",
     "unmerge",
     "use_adapters",
     "whole_parameters",

@@ -1,0 +1,120 @@
+"""Finding the adapted layers of a model that read one tensor, and computing them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gauge_ext.adapters import LoRALinear
+from gauge_ext.adapters.shared_input import SharedInput
+from gauge_ext.errors import AdapterStateError, ConfigError
+from gauge_ext.models.attach import lora_layers, unwrap
+
+
+def group_shared_inputs(
+    model: nn.Module, sample_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]
+) -> tuple[tuple[str, ...], ...]:
+    """Compute adapted layers together that read the very same tensor: q, k and v, gate and up.
+
+    The model is called once on the sample, in evaluation and without gradients. Plain
+    :class:`~gauge_ext.LoRALinear` layers with the same parent and the same dropout that were
+    called once, with the same tensor object, become a group. From then on the first of a group that
+    is called computes all (:func:`gauge_ext.ops.lora_linear_group`): x is kept once, and its
+    gradient is made once instead of being made by each layer and added up. Outputs and gradients
+    are equal to the former ones up to rounding, dropout masks included, as long as nothing else
+    draws random numbers between the layers of a group.
+
+    A group's layers run one by one while the model is compiled, exported or traced, in inference
+    mode, while one is merged or has a forward pre-hook, and when several adapters are there. Copies
+    and pickles of the model are ungrouped. The layers of a group are one node of the graph:
+    backward through one of them alone frees what the others kept, unless ``retain_graph`` is set.
+
+    Args:
+        model: A model with adapters, as it is trained.
+        sample_inputs: What the model is called with: a tensor, a tuple of positional arguments, or
+            a mapping of keyword arguments.
+
+    Returns:
+        The paths of the layers of each group, in the order of their calls. Former groups are gone.
+
+    Raises:
+        AdapterStateError: The model has no adapters.
+        ConfigError: ``sample_inputs`` is none of these, or the model calls none of its adapted
+            layers with it.
+    """
+    inner = unwrap(model)
+    layers = lora_layers(inner)
+    if not layers:
+        raise AdapterStateError(
+            "the model has no adapters, so there is nothing to group.",
+            hint="Call gauge_ext.attach() or gauge_ext.load_adapter() first.",
+        )
+    if not isinstance(sample_inputs, Tensor | tuple | Mapping):
+        raise ConfigError(
+            "sample_inputs must be a tensor, a tuple of arguments or a mapping of keyword "
+            f"arguments, got a {type(sample_inputs).__name__}."
+        )
+    ungroup(inner)
+    plain = {path: layer for path, layer in layers.items() if type(layer) is LoRALinear}
+    read = _inputs_read(inner, plain, sample_inputs)
+    if not read:
+        raise ConfigError(
+            "the model calls none of its plain adapted nn.Linear layers with sample_inputs."
+        )
+    found: dict[tuple[str, int, float], list[str]] = {}
+    for path, xs in read.items():
+        if len(xs) == 1 and plain[path].is_plain:
+            key = (path.rpartition(".")[0], id(xs[0]), plain[path].dropout_p)
+            found.setdefault(key, []).append(path)
+    groups = tuple(tuple(paths) for paths in found.values() if len(paths) > 1)
+    for paths in groups:
+        group = SharedInput([plain[path] for path in paths], paths)
+        for path in paths:
+            plain[path].shared_input = group
+    return groups
+
+
+def ungroup(model: nn.Module) -> None:
+    """Undo :func:`group_shared_inputs`: every layer computes its own output again."""
+    for layer in lora_layers(model).values():
+        if isinstance(layer, LoRALinear):
+            layer.shared_input = None
+
+
+def _inputs_read(
+    model: nn.Module,
+    layers: Mapping[str, LoRALinear],
+    sample: Tensor | tuple[Any, ...] | Mapping[str, Any],
+) -> dict[str, list[Tensor]]:
+    """Return what each layer was called with, in the order of the first calls."""
+    read: dict[str, list[Tensor]] = {}  # holds the tensors, so that no two share an id
+
+    def reader(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read.setdefault(path, []).append(args[0] if args else kwargs["input"])
+
+        return hook
+
+    hooks = [
+        layer.register_forward_pre_hook(reader(path), with_kwargs=True)
+        for path, layer in layers.items()
+    ]
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            if isinstance(sample, Mapping):
+                model(**sample)
+            elif isinstance(sample, tuple):
+                model(*sample)
+            else:
+                model(sample)
+    finally:
+        for module, was in training.items():
+            module.training = was
+        for handle in hooks:
+            handle.remove()
+    return read
