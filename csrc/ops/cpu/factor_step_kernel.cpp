@@ -99,7 +99,18 @@ class GramSum {
   template <typename scalar_t>
   void add_columns(const scalar_t* x, int64_t count) {
     for_each_piece(count, piece_, [&](int64_t first, int64_t columns) {
-      for (int64_t k = 0; k < rank_; ++k) {
+      int64_t k = 0;
+      for (; k + 4 <= rank_; k += 4) {  // four at once: a column's entries lie far apart
+        const scalar_t* from = x + k * count + first;
+        for (int64_t i = 0; i < columns; ++i) {
+          double* to = rows_ + i * stride_ + k;
+          to[0] = to_acc(from[i]);
+          to[1] = to_acc(from[count + i]);
+          to[2] = to_acc(from[2 * count + i]);
+          to[3] = to_acc(from[3 * count + i]);
+        }
+      }
+      for (; k < rank_; ++k) {
         const scalar_t* from = x + k * count + first;
         for (int64_t i = 0; i < columns; ++i) {
           rows_[i * stride_ + k] = to_acc(from[i]);

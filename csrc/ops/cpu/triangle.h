@@ -34,21 +34,19 @@ void right_tile(const acc_t* x,
   Vec<acc_t> sum[ROWS][VECTORS] = {};
   for (int64_t k = from; k < to; ++k) {
     Vec<acc_t> right[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) {
+    repeat<VECTORS>([&](int v) GAUGE_EXT_INLINE {
       right[v] = load<acc_t>(e + k * stride + v * kWidth<acc_t>);
-    }
-    for (int i = 0; i < ROWS; ++i) {
+    });
+    repeat<ROWS>([&](int i) GAUGE_EXT_INLINE {
       const acc_t left = x[i * x_stride + k];
-      for (int v = 0; v < VECTORS; ++v) {
-        sum[i][v] += left * right[v];
-      }
-    }
+      repeat<VECTORS>([&](int v) GAUGE_EXT_INLINE { sum[i][v] += left * right[v]; });
+    });
   }
-  for (int i = 0; i < ROWS; ++i) {
-    for (int v = 0; v < VECTORS; ++v) {
+  repeat<ROWS>([&](int i) GAUGE_EXT_INLINE {
+    repeat<VECTORS>([&](int v) GAUGE_EXT_INLINE {
       store<acc_t>(y + i * stride + v * kWidth<acc_t>, sum[i][v]);
-    }
-  }
+    });
+  });
 }
 
 template <int VECTORS, typename acc_t>
@@ -105,21 +103,18 @@ void left_tile(const acc_t* x,
   Vec<acc_t> sum[ROWS][kTriangleVectors] = {};
   for (int64_t k = from; k < to; ++k) {
     Vec<acc_t> right[kTriangleVectors];
-    for (int v = 0; v < kTriangleVectors; ++v) {
-      right[v] = load<acc_t>(x + k * width + v * kWidth<acc_t>);
-    }
-    for (int j = 0; j < ROWS; ++j) {
+    repeat<kTriangleVectors>(
+        [&](int v) GAUGE_EXT_INLINE { right[v] = load<acc_t>(x + k * width + v * kWidth<acc_t>); });
+    repeat<ROWS>([&](int j) GAUGE_EXT_INLINE {
       const acc_t left = e[k * stride + j];
-      for (int v = 0; v < kTriangleVectors; ++v) {
-        sum[j][v] += left * right[v];
-      }
-    }
+      repeat<kTriangleVectors>([&](int v) GAUGE_EXT_INLINE { sum[j][v] += left * right[v]; });
+    });
   }
-  for (int j = 0; j < ROWS; ++j) {
-    for (int v = 0; v < kTriangleVectors; ++v) {
+  repeat<ROWS>([&](int j) GAUGE_EXT_INLINE {
+    repeat<kTriangleVectors>([&](int v) GAUGE_EXT_INLINE {
       store<acc_t>(y + j * width + v * kWidth<acc_t>, sum[j][v]);
-    }
-  }
+    });
+  });
 }
 
 template <int ROWS, typename acc_t>
@@ -171,25 +166,28 @@ void gram_tile(const double* x,
   for (int64_t i = 0; i < rows; ++i) {
     const double* row = x + i * stride;
     Vec<double> right[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) {
-      right[v] = load<double>(row + c + v * kWidth<double>);
-    }
-    for (int a = 0; a < ROWS; ++a) {
-      for (int v = 0; v < VECTORS; ++v) {
-        total[a][v] += row[j + a] * right[v];
-      }
-    }
+    repeat<VECTORS>(
+        [&](int v) GAUGE_EXT_INLINE { right[v] = load<double>(row + c + v * kWidth<double>); });
+    repeat<ROWS>([&](int a) GAUGE_EXT_INLINE {
+      const double left = row[j + a];
+      repeat<VECTORS>([&](int v) GAUGE_EXT_INLINE { total[a][v] += left * right[v]; });
+    });
   }
-  for (int a = 0; a < ROWS && j + a < count; ++a) {
-    for (int v = 0; v < VECTORS; ++v) {
+  repeat<ROWS>([&](int a) GAUGE_EXT_INLINE {
+    repeat<VECTORS>([&](int v) GAUGE_EXT_INLINE {
+      const int64_t column = c + v * kWidth<double>;
+      double* to = sum + (j + a) * count + column;
+      if (j + a < count && column + kWidth<double> <= count) {
+        store<double>(to, load<double>(to) + total[a][v]);
+        return;
+      }
       for (int lane = 0; lane < kWidth<double>; ++lane) {
-        const int64_t column = c + v * kWidth<double> + lane;
-        if (column < count) {
-          sum[(j + a) * count + column] += total[a][v][lane];
+        if (j + a < count && column + lane < count) {
+          to[lane] += total[a][v][lane];
         }
       }
-    }
-  }
+    });
+  });
 }
 
 // The upper triangle of S += Xᵀ X: X is (rows, stride) with zeros from column `rank` on, S is
