@@ -40,6 +40,8 @@ class LoRAConfig:
         target_parameters: Bare parameters that get an adapter beside, each by its path or the end
             of it, such as "experts.down_proj": matrices, or stacks of them as MoE experts have.
             With ``target_modules=[]`` they alone do.
+        trainable_token_indices: Tokens whose rows are trained whole: of the input embedding, or by
+            the name of each embedding. Layers tied to it follow.
         use_rslora: s = alpha / sqrt(rank) instead (rank-stabilised, arXiv:2312.03732).
         use_dora: Whether the length of each weight's rows is trained apart from their direction
             (DoRA, arXiv:2402.09353).
@@ -77,6 +79,7 @@ class LoRAConfig:
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] | None = None
     target_parameters: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -105,6 +108,7 @@ class LoRAConfig:
         if isinstance(self.target_parameters, str):
             raise _wrong("target_parameters", "a list of names or None", self.target_parameters)
         keep("target_parameters", _selector("target_parameters", self.target_parameters))
+        keep("trainable_token_indices", _tokens(self.trainable_token_indices))
         targets = _selector("target_modules", self.target_modules)
         if targets is None and self.target_parameters and self.target_modules is not None:
             targets = ()
@@ -275,6 +279,24 @@ def _selector(name: str, value: object) -> str | tuple[str, ...] | None:
         if not isinstance(entry, str) or not entry:
             raise _wrong(f"each name in {name}", "a string that is not empty", entry)
     return tuple(dict.fromkeys(entries)) or None
+
+
+def _tokens(value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    name, expected = "trainable_token_indices", "a list of different token ids from 0 up"
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) and key for key in value):
+            raise _wrong(f"each key of {name}", "the name of an embedding", list(value))
+        found = {key: _tokens(entry) for key, entry in value.items()}
+        return {key: ids for key, ids in found.items() if isinstance(ids, tuple)} or None
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise _wrong(name, f"{expected}, or such lists by name", value)
+    ids = tuple(value)
+    whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+    if not whole or len(set(ids)) < len(ids):
+        raise _wrong(name, expected, value)
+    return ids or None
 
 
 def _table(name: str, value: object, check: Any) -> dict[str, Any]:

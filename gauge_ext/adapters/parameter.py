@@ -117,8 +117,7 @@ class LoRAParameter(AdaptedLayer):
         """Take the adapter off its owner, with the weight of the moment, and return the owner."""
         owner = self.owner
         del owner._modules[CHILD + self.weight_name]
-        if isinstance(owner, LoRAHolder) and not owner.parameter_adapters():
-            cast("nn.Module", owner).__class__ = type(owner).held_class
+        leave_holder(owner)
         return owner
 
     def extra_repr(self) -> str:
@@ -135,10 +134,11 @@ class LoRAHolder(nn.Module):
 
     held_class: ClassVar[type[nn.Module]]
 
-    def parameter_adapters(self) -> dict[str, LoRAParameter]:
-        """Return its adapters by the names of the parameters."""
+    def parameter_adapters(self) -> dict[str, AdaptedLayer]:
+        """Return its adapters by the names of the parameters, with those of tied ones."""
         children = [m for m in self._modules.values() if isinstance(m, LoRAParameter)]
-        return {child.weight_name: child for child in children}
+        tied: tuple[AdaptedLayer, ...] = vars(self).get("_tied", ())
+        return {child.weight_name: child for child in (*children, *tied)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns with ``W + s B A`` in the place of W."""
@@ -165,6 +165,18 @@ def _holder_class(held: type[nn.Module]) -> type[LoRAHolder]:
         members = {"held_class": held, "__module__": __name__}
         _made[held] = type(f"LoRA{held.__name__}", (LoRAHolder, held), members)
     return _made[held]
+
+
+def become_holder(module: nn.Module) -> None:
+    """Make a module one whose forward reads adapted parameters."""
+    if not isinstance(module, LoRAHolder):
+        module.__class__ = _holder_class(type(module))
+
+
+def leave_holder(module: nn.Module) -> None:
+    """Give a module its own class back once it has no adapters."""
+    if isinstance(module, LoRAHolder) and not module.parameter_adapters():
+        cast("nn.Module", module).__class__ = type(module).held_class
 
 
 def _rebuild(held: type[nn.Module]) -> LoRAHolder:
@@ -200,7 +212,6 @@ def adapt_parameter(owner: nn.Module, name: str, spec: AdapterSpec) -> LoRAParam
     if reason:
         raise TargetError(f"an adapter cannot be put on the parameter {name}: {reason}.")
     adapter = LoRAParameter(owner, name, spec)
-    if not isinstance(owner, LoRAHolder):
-        owner.__class__ = _holder_class(type(owner))
+    become_holder(owner)
     owner.add_module(CHILD + name, adapter.train(owner.training))
     return adapter

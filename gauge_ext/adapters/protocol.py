@@ -12,7 +12,8 @@ from torch import Tensor, nn
 # - "embedding": A (r, vocab), B (dim, r)
 # - "out_proj": as "linear", for the output projection inside nn.MultiheadAttention
 # - "parameter": A (r E, in), B (out, r E), for E stacked matrices in a bare parameter
-Kind = Literal["linear", "embedding", "out_proj", "parameter"]
+# - "tokens": not low-rank; the rows of some tokens, (n, dim)
+Kind = Literal["linear", "embedding", "out_proj", "parameter", "tokens"]
 
 
 class Adapter(Protocol):

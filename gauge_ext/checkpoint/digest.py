@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext.adapters import LoRAConfig
+from gauge_ext.adapters.tokens import TOKENS
 from gauge_ext.checkpoint.format import LoRAPair
 from gauge_ext.checkpoint.hashing import HashedFactor, hash_factors
 from gauge_ext.checkpoint.nesting import file_names
@@ -54,10 +55,11 @@ def adapter_sha256(model: nn.Module) -> str:
     pairs = {names[path]: LoRAPair.of(layer) for path, layer in layers.items()}
     scalings = {names[path]: layer.scaling for path, layer in layers.items()}
     on_parameters = [name for name, pair in pairs.items() if pair.kind == "parameter"]
-    config = adapter_config(owner) if on_parameters else LoRAConfig()
+    trained = whole_parameters(owner)
+    config = adapter_config(owner) if on_parameters or trained else LoRAConfig()
     for name in on_parameters:
         scalings[name] = config.scaling_for(name)
-    return _digest(config, scalings, pairs, whole_parameters(owner))
+    return _digest(config, scalings, pairs, trained)
 
 
 def _digest(
@@ -73,8 +75,16 @@ def _digest(
     # The table of an adapted embedding, which PEFT saves along, is the base's own.
     trained = sorted(name for name in whole if name.removesuffix(".weight") not in tensors)
     return hash_factors(
-        itertools.chain(modules, ((name, 1.0, [_hashed(whole[name])]) for name in trained))
+        itertools.chain(
+            modules, ((_token_label(config, name), 1.0, [_hashed(whole[name])]) for name in trained)
+        )
     )
+
+
+def _token_label(config: LoRAConfig, name: str) -> str:
+    """The path; for rows of tokens also which they are."""
+    is_rows = name.endswith(f".{TOKENS}.trainable_tokens_delta")
+    return f"{name} {config.trainable_token_indices}" if is_rows else name
 
 
 def _label(config: LoRAConfig, name: str, pair: LoRAPair) -> str:

@@ -25,6 +25,7 @@ OWN = {
     "target_modules": "target_modules",
     "exclude_modules": "exclude_modules",
     "target_parameters": "target_parameters",
+    "trainable_token_indices": "trainable_token_indices",
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
     "lora_bias": "lora_bias",
@@ -50,7 +51,6 @@ def _absent(value: Any) -> bool:
 
 # Fields that change what the adapted model computes -> (whether a value leaves it off, what it is).
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "trainable_token_indices": (_unset, "trained tokens"),
     "layer_replication": (_unset, "replicated layers"),
     "ensure_weight_tying": (_unset, "tied adapters"),
     # An empty sub-config still switches its variant on, so only null and false are off.
@@ -111,7 +111,6 @@ DEFAULTS: dict[str, Any] = {
     "peft_version": PEFT_VERSION,
     "qalora_group_size": 16,
     "revision": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,

@@ -34,6 +34,8 @@ SUFFIXES: dict[Kind, dict[str, str]] = {
     "out_proj": {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"},
     # After the "linear" ones, as which such keys are read: see with_parameters().
     "parameter": {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"},
+    # They lie beside, as parameters that are trained whole.
+    "tokens": {},
 }
 # PEFT wraps nn.MultiheadAttention, and its output projection again inside the wrapper.
 _OUT_PROJ = ".base_layer.out_proj"

@@ -15,7 +15,15 @@ from gauge_ext.checkpoint.placing import placed
 from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, TargetError
 from gauge_ext.models import whole
-from gauge_ext.models.attach import attachment, detach, lora_layers, put_on, record, unwrap
+from gauge_ext.models.attach import (
+    attachment,
+    detach,
+    lora_layers,
+    put_on,
+    record,
+    unwrap,
+    whole_parameters,
+)
 from gauge_ext.models.targets import blocker, nearest_hint
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -53,7 +61,7 @@ def load_adapter(
     checkpoint = read_adapter(path, allow_pickle=allow_pickle)
     inner = unwrap(model)
     checkpoint, parameters = placed(checkpoint, inner)
-    if present := lora_layers(inner):
+    if present := _low_rank(inner):
         _require_same(inner, checkpoint, present)
         config = dataclasses.replace(
             checkpoint.config, adapter_dtype=attachment(inner).config.adapter_dtype
@@ -64,14 +72,18 @@ def load_adapter(
         put_on(inner, checkpoint.config, layers, {}, parameters)
     try:
         if parameters and not present:
-            _require_shapes(checkpoint, lora_layers(inner))
-        _fill(checkpoint, lora_layers(inner), trainable=trainable)
+            _require_shapes(checkpoint, _low_rank(inner))
+        _fill(checkpoint, _low_rank(inner), trainable=trainable)
         _fill_whole(checkpoint, inner, trainable=trainable)
     except BaseException:
         if not present:
             detach(inner)
         raise
     return model
+
+
+def _low_rank(model: nn.Module) -> dict[str, AdaptedLayer]:
+    return {name: layer for name, layer in lora_layers(model).items() if layer.kind != "tokens"}
 
 
 @torch.no_grad()
@@ -98,7 +110,7 @@ def _fill(
 @torch.no_grad()
 def _fill_whole(checkpoint: AdapterCheckpoint, model: nn.Module, *, trainable: bool) -> None:
     """Take over the parameters that were trained whole, and check those that were saved along."""
-    trained = attachment(model).whole
+    trained = whole_parameters(model)
     if lacking := [path for path in trained if path not in checkpoint.whole]:
         raise AdapterMismatchError(
             f"{checkpoint.path} lacks {len(lacking)} parameters that its config says were trained "

@@ -97,7 +97,9 @@ def read_adapter(path: str | os.PathLike[str], *, allow_pickle: bool = False) ->
     raw = read_config(config_file)
     # Before the weights: a refused field explains the keys that sort_out would refuse.
     check_supported(raw, str(config_file))
-    says_whole = bool(raw.get("modules_to_save")) or raw.get("bias") not in (None, "none")
+    says_whole = raw.get("bias") not in (None, "none") or any(
+        raw.get(name) for name in ("modules_to_save", "trainable_token_indices")
+    )
     tensors, whole = sort_out(_read_weights(weights_file), str(weights_file), whole=says_whole)
     config = from_peft(raw, str(config_file), list(tensors))
     tensors = with_parameters(tensors, config, str(weights_file))

@@ -15,6 +15,7 @@ from gauge_ext.adapters.parameter import adapt_parameter
 from gauge_ext.errors import AdapterStateError, ConfigError
 from gauge_ext.models import fast_path, whole
 from gauge_ext.models.targets import find_targets, nearest_hint
+from gauge_ext.models.tokens import train_tokens
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -94,6 +95,8 @@ def put_on(
         for path, holder in parameters.items():
             spec = config.spec_for(path)
             adapted.append(adapt_parameter(holder, path.rpartition(".")[2], spec))
+        taken = (*layers.values(), *parameters.values())
+        adapted += train_tokens(model, config, taken, whole.chosen(model, config, layers))
     except BaseException:
         for done in adapted:
             done.to_base()
@@ -104,7 +107,7 @@ def put_on(
             parameter.requires_grad_(False)
     own_whole = whole.replace(model, whole.chosen(model, config, layers))
     switches = fast_path.suspend(model, layers)
-    names = tuple(lora_layers(model)) if parameters else tuple(layers)
+    names = tuple(lora_layers(model)) if len(adapted) > len(layers) else tuple(layers)
     record(model, Attachment(config, names, dict(skipped), trainable, switches, own_whole))
 
 
@@ -161,6 +164,10 @@ def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             holder, _, last = name.rpartition(".")
             kept = layers[holder].kept_parameters if holder in layers else {}
             found[name] = kept[last] if last in kept else inner.get_parameter(name)
+    for path, layer in layers.items():
+        if layer.kind == "tokens":
+            named = layer.adapter_parameters().items()
+            found |= {f"{path}.{name}": parameter for name, parameter in named}
     return found
 
 
@@ -172,7 +179,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {
         name: module
         for name, module in unwrap(model).named_modules()
-        if isinstance(module, AdaptedLayer | LowRankAdapter)
+        if isinstance(module, AdaptedLayer | LowRankAdapter) and module.kind != "tokens"
     }
 
 

@@ -71,10 +71,10 @@ def require_one_matrix(name: str, kind: Kind) -> None:
     Raises:
         GeometryError: It is on a bare parameter.
     """
-    if kind == "parameter":
+    if kind in ("parameter", "tokens"):
         raise GeometryError(
-            f"{name}: the adapter on a bare parameter (target_parameters) is one of several "
-            "matrices, and no point of one bundle."
+            f"{name}: the adapter on a bare parameter (target_parameters), or on tokens, is no "
+            "single product B A, and no point of one bundle."
         )
 
 

@@ -6,6 +6,7 @@ it stay as they are, and :func:`restore` puts the very same object back.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
@@ -59,9 +60,13 @@ def chosen(model: nn.Module, config: LoRAConfig, adapted: Collection[str]) -> li
 def replace(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Parameter]:
     """Put a trainable copy in the place of each parameter; those that were one stay one.
 
+    A warning tells of a parameter that is tied to one that stays, such as an output embedding.
+
     Returns:
         Path -> the base's own Parameter, for :func:`restore`.
     """
+    paths = list(paths)
+    _warn_of_ties(model, paths)
     own: dict[str, nn.Parameter] = {}
     copies: dict[int, nn.Parameter] = {}
     for path in paths:
@@ -70,6 +75,18 @@ def replace(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Parameter]:
             copies[id(base)] = nn.Parameter(base.detach().clone(), requires_grad=True)
         _put(model, path, copies[id(base)])
     return own
+
+
+def _warn_of_ties(model: nn.Module, paths: Collection[str]) -> None:
+    replaced = {id(model.get_parameter(path)): path for path in paths}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if (twin := replaced.get(id(parameter))) is not None and path not in paths:
+            warnings.warn(
+                f"{twin!r} gets values of its own, and was tied to {path!r}, which keeps the "
+                "base's: from here on they are two. To keep them one, name both in "
+                "modules_to_save.",
+                stacklevel=5,
+            )
 
 
 def restore(model: nn.Module, own: Mapping[str, nn.Parameter]) -> None:

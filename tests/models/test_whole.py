@@ -80,6 +80,17 @@ def test_a_parameter_that_is_two_stays_two_names_of_one() -> None:
     assert model["a"].weight is not attachment(model).whole["a.weight"]
 
 
+def test_a_warning_tells_of_a_tie_that_comes_apart() -> None:
+    model = nn.Sequential()
+    model.emb, model.up, model.head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5)
+    model.head.weight = model.emb.weight
+    with pytest.warns(UserWarning, match="'head.weight' gets .* tied to 'emb.weight'"):
+        attach(model, config(modules_to_save=["head"]))
+    assert model.head.weight is not model.emb.weight
+    detach(model)
+    assert model.head.weight is model.emb.weight
+
+
 def test_dora_and_a_bias_of_the_branch_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="use_dora and lora_bias cannot both"):
         LoRAConfig(use_dora=True, lora_bias=True)

@@ -1,0 +1,134 @@
+"""A few rows of an embedding that are trained whole: PEFT's ``trainable_token_indices``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from gauge_ext.adapters.layer import AdaptedLayer
+from gauge_ext.adapters.merging import adapter_dtype
+from gauge_ext.adapters.parameter import become_holder, leave_holder, reason_against_parameter
+from gauge_ext.adapters.protocol import Kind
+from gauge_ext.errors import AdapterStateError, NonFiniteError, TargetError
+
+TOKENS = "token_adapter"
+
+
+class TrainedTokens(AdaptedLayer):
+    """Rows that stand in the place of some rows of a table W ``(vocab, dim)``.
+
+    It is the submodule ``token_adapter`` of the embedding. Layers that share W, such as a tied
+    output embedding, read the same rows and stay tied. The rows are ``trainable_tokens_delta``
+    ``(n, dim)``, values and not differences, which start as W's own; W is never written to.
+
+    Args:
+        owners: The module that holds W, and those that share it.
+        indices: The tokens.
+
+    Raises:
+        TargetError: A module cannot carry it, or a token is beyond the table.
+    """
+
+    kind: ClassVar[Kind] = "tokens"
+    indices: Tensor
+    trainable_tokens_delta: nn.Parameter
+
+    def __init__(self, owners: Sequence[nn.Module], indices: Sequence[int]) -> None:
+        super().__init__()
+        self._owners = tuple(owners)
+        for owner in owners:
+            if reason := reason_against_parameter(owner, "weight"):
+                raise TargetError(
+                    f"tokens of this {type(owner).__name__} can't be trained: {reason}."
+                )
+        weight = self.base_weight
+        if weight.dim() != 2 or max(indices) >= weight.shape[0]:
+            raise TargetError(
+                f"trainable_token_indices goes up to {max(indices)}, and the table's shape is "
+                f"{tuple(weight.shape)}.",
+                hint="Resize the model's embeddings first.",
+            )
+        place = torch.tensor(indices, device=weight.device)
+        self.register_buffer("indices", place, persistent=False)
+        rows = weight.detach()[place].to(adapter_dtype(weight.dtype), copy=True)
+        self.trainable_tokens_delta = nn.Parameter(rows)
+        self.scaling, self.dropout_p, self.merged, self.is_plain = 1.0, 0.0, False, False
+        self._kept = {}
+        self._factor_names, self._start_names = ("trainable_tokens_delta",), ()
+        for owner in owners:
+            become_holder(owner)
+            vars(owner)["_tied"] = (self,)
+        owners[0].add_module(TOKENS, self.train(owners[0].training))
+
+    @property
+    def owner(self) -> nn.Module:
+        """The embedding."""
+        return self._owners[0]
+
+    @property
+    def rank(self) -> int:
+        """The number of tokens."""
+        return self.trainable_tokens_delta.shape[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the table with the rows in it, differentiable in them."""
+        weight = self.base_weight
+        if self.merged:
+            return weight
+        return weight.index_copy(0, self.indices, self.trainable_tokens_delta.to(weight.dtype))
+
+    def adapter_tensors(self) -> Mapping[str, Tensor]:
+        """Return the rows."""
+        return dict(self.adapter_parameters())
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """Return the table with the rows minus the one without, ``(vocab, dim)``."""
+        return self.forward() - self.base_weight
+
+    @torch.no_grad()
+    def merged_parameters(self, *, safe: bool = True) -> dict[str, Tensor]:
+        """Return the table with the rows in it.
+
+        Raises:
+            NonFiniteError: A row holds NaN or infinity.
+            AdapterStateError: It is merged already.
+        """
+        if self.merged:
+            raise AdapterStateError("the layer is merged already.", hint="Call unmerge() first.")
+        merged = self.forward()
+        if safe and not bool(merged.isfinite().all()):
+            raise NonFiniteError("trainable_tokens_delta, or the table, holds NaN or infinity.")
+        return {self.weight_name: merged}
+
+    def adopt_merged(self, merged: Mapping[str, Tensor], *, keep_base: bool) -> None:
+        """Make ``merged`` the table of all layers that share it."""
+        super().adopt_merged(merged, keep_base=keep_base)
+        self._share()
+
+    def unmerge(self) -> None:
+        """Put the base's own table back, in all layers that share it."""
+        super().unmerge()
+        self._share()
+
+    def _share(self) -> None:
+        for other in self._owners[1:]:
+            other.weight = cast("nn.Parameter", self.base_weight)
+
+    def to_base(self) -> nn.Module:
+        """Take the rows off, with the table of the moment, and return the embedding."""
+        del self.owner._modules[TOKENS]
+        for owner in self._owners:
+            del vars(owner)["_tied"]
+            leave_holder(owner)
+        return self.owner
+
+    def extra_repr(self) -> str:
+        """Say how many tokens, of which table."""
+        tied = len(self._owners) - 1
+        return f"{self.rank} of {tuple(self.base_weight.shape)}" + (
+            f", tied {tied}" if tied else ""
+        )
