@@ -170,4 +170,27 @@ TEST_CASE("low-rank products in bfloat16") {
   check_sizes<BFloat16Bits>();
 }
 
+template <typename scalar_t>
+void check_transpose(int64_t rows, int64_t columns) {
+  using acc_t = typename AccOf<scalar_t>::type;
+  const auto x = random<scalar_t>(rows * columns, 6);
+  std::vector<acc_t> to(rows * columns, acc_t(-1));
+  gauge_ext::low_rank_kernels<scalar_t>().transpose(x.data(), rows, columns, acc_t(0.5), to.data());
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < columns; ++c) {
+      CHECK(double(to[c * rows + i]) == 0.5 * to_double(x[i * columns + c]));
+    }
+  }
+}
+
+TEST_CASE("a scaled transpose, in whole squares and at the edges") {
+  for (const int64_t rows : {1, 8, 19, 24}) {
+    for (const int64_t columns : {1, 5, 8, 16, 21}) {
+      check_transpose<float>(rows, columns);
+      check_transpose<double>(rows, columns);
+      check_transpose<BFloat16Bits>(rows, columns);
+    }
+  }
+}
+
 }  // namespace
