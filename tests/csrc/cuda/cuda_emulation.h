@@ -119,19 +119,30 @@ inline void run_block(unsigned count) {
     block.threads[thread].uc_link = nullptr;
     makecontext(&block.threads[thread], run_thread, 0);
   }
-  for (bool running = true; running;) {
-    running = false;
+  const auto lanes_of = [&](unsigned warp) {
+    // Resumes the lanes of a warp once each; says whether any has got on.
     const uint64_t before = block.progress;
-    for (unsigned i = 0; i < count; ++i) {
-      const unsigned thread = order == Order::kAscending ? i : count - 1 - i;
+    const unsigned first = warp * kLanes, last = std::min(first + kLanes, count);
+    for (unsigned i = first; i < last; ++i) {
+      const unsigned thread = order == Order::kAscending ? i : last - 1 - (i - first);
       if (!block.finished[thread]) {
-        running = true;
         block.current = thread;
         threadIdx.x = thread;
         swapcontext(&block.scheduler, &block.threads[thread]);
       }
     }
-    if (running && block.progress == before) {
+    return block.progress != before;
+  };
+  const auto warps = static_cast<unsigned>(block.warps.size());
+  while (std::count(block.finished.begin(), block.finished.end(), false) > 0) {
+    bool got_on = false;
+    for (unsigned i = 0; i < warps; ++i) {
+      // As far ahead of the others as barriers let it
+      while (lanes_of(order == Order::kAscending ? i : warps - 1 - i)) {
+        got_on = true;
+      }
+    }
+    if (!got_on) {
       throw std::runtime_error("a barrier or a shuffle that not every thread reaches");
     }
   }

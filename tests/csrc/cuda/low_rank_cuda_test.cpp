@@ -295,6 +295,33 @@ TEST_CASE("the emulation refuses barriers that not every thread reaches") {
                 0));
 }
 
+// Each warp shuffles, writes, and reads what the next one writes: without the barrier it reads what
+// was there before.
+std::vector<int> exchanged(bool barrier) {
+  std::vector<int> shared(64, -1), got(64, -1);
+  gauge_ext::emulation::launch(dim3(1), 64, [&] {
+    const int thread = threadIdx.x;
+    shared[thread] = __shfl_sync(0xFFFFFFFFu, thread, thread % 32);
+    if (barrier) {
+      __syncthreads();
+    }
+    got[thread] = shared[63 - thread];
+  });
+  return got;
+}
+
+TEST_CASE("the emulation shows a missing barrier in one of its orders") {
+  std::vector<int> expected;
+  for (int thread = 0; thread < 64; ++thread) {
+    expected.push_back(63 - thread);
+  }
+  for (const auto way : {Order::kDescending, Order::kAscending}) {
+    gauge_ext::emulation::order = way;
+    CHECK(exchanged(true) == expected);
+    CHECK(exchanged(false) != expected);
+  }
+}
+
 TEST_CASE("half-precision numbers widen and round as IEEE 754 says") {
   // From the standard's tables: one, the largest, the smallest normal and subnormal, infinity.
   const std::vector<std::pair<uint16_t, double>> known = {
