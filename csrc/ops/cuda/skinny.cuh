@@ -12,7 +12,10 @@ namespace {
 
 // Enough blocks to fill the multiprocessors of a large GPU twice. A constant and not a property of
 // the device: how a sum is cut, and so its last bits, is the same on every card.
-constexpr int64_t kBlocks = 264;
+#ifndef GAUGE_EXT_CUDA_BLOCKS
+#define GAUGE_EXT_CUDA_BLOCKS 264
+#endif
+constexpr int64_t kBlocks = GAUGE_EXT_CUDA_BLOCKS;
 
 enum class Mode { kProject, kReduce, kBoth };
 

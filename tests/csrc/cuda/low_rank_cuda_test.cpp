@@ -1,5 +1,8 @@
 // The CUDA kernels themselves, run on the CPU by an emulation, against plain loops in float64.
 
+// So few blocks that each has several tiles to go through, of matrices that are quickly emulated.
+#define GAUGE_EXT_CUDA_BLOCKS 4
+
 #include "ops/cuda/low_rank.h"
 
 #include <random>
