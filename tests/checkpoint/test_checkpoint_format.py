@@ -36,7 +36,12 @@ def file(**tensors: Tensor) -> dict[str, Tensor]:
             "base_model.model.attn.base_layer.out_proj.lora_A.weight",
             ("attn.out_proj", "out_proj", "lora_A"),
         ),
-        ("base_model.model.experts.base_layer.lora_A.weight", None),
+        # The inner wrapper of a module of which several parameters are adapted.
+        (
+            "base_model.model.experts.base_layer.lora_A.weight",
+            ("experts.base_layer", "linear", "lora_A"),
+        ),
+        ("base_model.model.attn.base_layer.q.lora_A.weight", None),
     ],
 )
 def test_module_of(key: str, expected: tuple[str, str, str] | None) -> None:

@@ -256,7 +256,6 @@ def test_a_causal_model_with_a_tied_head(
     [
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices = [1, 2]"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
