@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile
 DEMO_ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
@@ -25,7 +26,8 @@ export HF_HUB_OFFLINE := 1
 
 help:
 	@echo 'make demo      set up, then the whole way on a real model: train, export, validate, search'
-	@echo 'make test      set up, then the Python tests            (PYTEST_ARGS="tests/ops -x")'
+	@echo 'make test      set up, then the Python tests            (PYTEST_ARGS="tests/ops -x",'
+	@echo '               PYTEST_WORKERS= runs them in one process, as a debugger wants it)'
 	@echo 'make cpp-test  set up, then the C++ tests'
 	@echo 'make test-js   set up, then graphs in onnxruntime-node and -web (needs node and npm)'
 	@echo 'make cuda-check  compile the CUDA kernels, where there is an nvcc; no GPU is needed'
@@ -56,8 +58,9 @@ build: $(READY)
 demo: build
 	$(PY) -m gauge_ext demo $(DEMO_ARGS)
 
+# A process for each core, each with whole files, whose fixtures are often shared by their tests.
 test: build
-	GAUGE_EXT_REQUIRE_COMPILED=1 $(PY) -m pytest $(PYTEST_ARGS)
+	GAUGE_EXT_REQUIRE_COMPILED=1 $(PY) -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # Without its install script onnxruntime-node downloads no CUDA libraries; the CPU's are in it.
 test-js: build

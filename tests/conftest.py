@@ -14,9 +14,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-# Both are read when torch or huggingface_hub is imported, so they come before those. A compiler
-# cache that outlives the session hides errors of today behind the results of yesterday.
+# These are read when torch or huggingface_hub is imported, so they come before those. A compiler
+# cache that outlives the session hides errors of today behind the results of yesterday; a thread
+# that waits in a loop takes its core from the tests of another worker.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 _CACHE = tempfile.mkdtemp(prefix="gauge-ext-inductor-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
