@@ -29,7 +29,7 @@ help:
 	@echo 'make test      set up, then the Python tests            (PYTEST_ARGS="tests/ops -x",'
 	@echo '               PYTEST_WORKERS= runs them in one process, as a debugger wants it)'
 	@echo 'make cpp-test  set up, then the C++ tests'
-	@echo 'make test-js   set up, then graphs in onnxruntime-node and -web (needs node and npm)'
+	@echo 'make test-js   set up, then graphs in onnxruntime-node and -web (needs node, npm, chromium)'
 	@echo 'make cuda-check  compile the CUDA kernels, where there is an nvcc; no GPU is needed'
 	@echo 'make asan      C++ tests and tests/ops under the address and undefined sanitizers'
 	@echo 'make lint      ruff, mypy, clang-format;  make format  repairs what can be'
@@ -65,7 +65,8 @@ test: build
 # Without its install script onnxruntime-node downloads no CUDA libraries; the CPU's are in it.
 test-js: build
 	cd tests/export/js && ONNXRUNTIME_NODE_INSTALL=skip npm install --no-audit --no-fund --no-save
-	GAUGE_EXT_REQUIRE_JS=1 $(PY) -m pytest tests/export/test_adapter_js.py $(PYTEST_ARGS)
+	NODE_PATH=tests/export/js/node_modules GAUGE_EXT_REQUIRE_JS=1 $(PY) -m pytest \
+	  tests/export/test_adapter_js.py tests/export/proof/test_proof_runtimes.py $(PYTEST_ARGS)
 
 cpp-test: $(READY)
 	$(CMAKE) --preset debug -DPython_EXECUTABLE=$(PY) --log-level=NOTICE

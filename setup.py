@@ -111,7 +111,7 @@ def dependencies() -> list[str]:
 setup(
     packages=packages(),
     package_dir={"gauge_ext": "gauge_ext", "gauge_ext.export": "export"},
-    package_data={"gauge_ext": ["py.typed"], "gauge_ext.export.proof": ["*.cjs"]},
+    package_data={"gauge_ext": ["py.typed"], "gauge_ext.export.proof": ["*.cjs", "*.html"]},
     install_requires=dependencies(),
     ext_modules=[Extension("gauge_ext._C", sources=[]), Extension("gauge_ext._ops", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

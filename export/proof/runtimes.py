@@ -2,7 +2,8 @@
 
 A runtime answers ``run(output names, feeds)`` as an onnxruntime session does. OpenVINO runs in this
 process; onnxruntime-node and onnxruntime-web (WebAssembly) run in a Node.js process that is given
-its inputs and gives back its outputs as files.
+its inputs and gives back its outputs as files; onnxruntime-web-browser is onnxruntime-web in a page
+of a headless Chromium, see :mod:`gauge_ext.export.proof.browser`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from gauge_ext.errors import ConfigError, ExportError
+from gauge_ext.export.proof.browser import Browser, find_browser
 from gauge_ext.export.validate import Runtime, open_session
 
-RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-node", "onnxruntime-web")
+BROWSER = "onnxruntime-web-browser"
+RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-node", "onnxruntime-web", BROWSER)
 _SCRIPT = Path(__file__).with_name("run_onnx.cjs")
 _DTYPES = {
     "float32": "float32",
@@ -48,11 +51,20 @@ def missing(name: str) -> str | None:
     if not name.startswith("onnxruntime-"):
         found = importlib.util.find_spec(name) is not None
         return None if found else f"it is not installed: pip install {name}"
-    if shutil.which("node") is None:
+    if name == BROWSER:
+        if find_browser() is None:
+            return "no Chromium or Chrome is on the PATH (or set CHROME_BIN)"
+    elif shutil.which("node") is None:
         return "node is not on the PATH"
-    if node_modules(name) is None:
-        return f"npm has not installed it here: npm install {name} (or set NODE_PATH)"
+    package = _package(name)
+    if node_modules(package) is None:
+        return f"npm has not installed it here: npm install {package} (or set NODE_PATH)"
     return None
+
+
+def _package(name: str) -> str:
+    """The npm package of a runtime."""
+    return name.removesuffix("-browser")
 
 
 @contextlib.contextmanager
@@ -74,6 +86,11 @@ def open_runtime(name: str, path: Path) -> Iterator[Runtime]:
         yield _Session(*open_session(path))
     elif name == "openvino":
         yield _OpenVino(path)
+    elif name == BROWSER:
+        modules = node_modules(_package(name))
+        assert modules is not None
+        with Browser(modules / _package(name), path) as page:
+            yield page
     else:
         with _Node(name, path) as runtime:
             yield runtime

@@ -40,6 +40,7 @@ class RuntimeChoice(StrEnum):
     OPENVINO = "openvino"
     NODE = "onnxruntime-node"
     WEB = "onnxruntime-web"
+    BROWSER = "onnxruntime-web-browser"
     ALL = "all"
 
 
@@ -73,8 +74,9 @@ def validate(
         list[RuntimeChoice] | None,
         typer.Option(
             help="What runs the file; may be given several times. all: every one that is "
-            "installed here. The last two need Node.js and the npm package, in node_modules of "
-            "this folder or one above it, or of NODE_PATH. Default: onnxruntime.",
+            "installed here. Those of npm need the package in node_modules of this folder or one "
+            "above it, or of NODE_PATH, and Node.js or, in the browser, Chromium. Default: "
+            "onnxruntime.",
             show_default=False,
         ),
     ] = None,

@@ -121,3 +121,10 @@ def test_external_data_that_is_missing(
     (tmp_path / "weights.bin").unlink()
     said = fails("FILE", "validate", split, "--against", bert_source, "--adapter", adapter)
     assert "split.onnx" in said
+
+
+def test_every_runtime_is_a_choice() -> None:
+    from gauge_ext.cli.validate import RuntimeChoice
+    from gauge_ext.export.proof.runtimes import RUNTIMES
+
+    assert [choice.value for choice in RuntimeChoice] == [*RUNTIMES, "all"]

@@ -1,7 +1,7 @@
-"""A graph with required adapter inputs in onnxruntime-node and onnxruntime-web: the same numbers.
+"""A graph with required adapter inputs in onnxruntime-node and -web, here and in a browser.
 
-``make test-js`` installs both with npm and runs this; without node or the packages it is skipped,
-unless GAUGE_EXT_REQUIRE_JS is set.
+``make test-js`` installs both with npm and runs this; without node, a browser or the packages it is
+skipped, unless GAUGE_EXT_REQUIRE_JS is set.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 import gauge_ext
 from gauge_ext.export import AdapterSession, export_onnx, write_onnx_adapter
+from gauge_ext.export.proof.runtimes import BROWSER, missing, open_runtime
 
 JS = Path(__file__).with_name("js")
 RUNTIMES = ("onnxruntime-node", "onnxruntime-web")
@@ -76,10 +77,22 @@ def made(_bert, tmp_path_factory):
     return folder, feeds, expected
 
 
+def agree(runtime: str, found, made, capsys) -> None:
+    """What a runtime computed is what Python's does, and what W + s B A gives."""
+    folder, feeds, expected = made
+    session = AdapterSession(folder / "graph.onnx", {"a": folder / "adapter.safetensors"})
+    python = session.run(feeds, "a")["last_hidden_state"]
+    difference = float(np.abs(found - python).max())
+    with capsys.disabled():
+        print(f"\n{runtime} against python: max abs {difference:.2e}")  # noqa: T201
+    assert difference <= 1e-5
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_same_numbers_as_python_and_as_by_hand(runtime, made, capsys):
     node = require(runtime)
-    folder, feeds, expected = made
+    folder, _, _ = made
     files = [folder / "graph.onnx", folder / "inputs.safetensors", folder / "adapter.safetensors"]
     done = subprocess.run(
         [node, str(JS / "run_graph.mjs"), runtime, *map(str, files)],
@@ -92,10 +105,17 @@ def test_the_same_numbers_as_python_and_as_by_hand(runtime, made, capsys):
     said = json.loads(done.stdout)
     output = said["outputs"]["last_hidden_state"]
     found = np.array(output["data"], np.float32).reshape(output["dims"])
-    session = AdapterSession(folder / "graph.onnx", {"a": folder / "adapter.safetensors"})
-    python = session.run(feeds, "a")["last_hidden_state"]
-    difference = float(np.abs(found - python).max())
-    with capsys.disabled():
-        print(f"\n{runtime} {said['version']} against python: max abs {difference:.2e}")  # noqa: T201
-    assert difference <= 1e-5
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    agree(f"{runtime} {said['version']}", found, made, capsys)
+
+
+def test_the_same_numbers_in_a_browser(made, capsys, monkeypatch):
+    require("onnxruntime-web")
+    monkeypatch.setenv("NODE_PATH", str(JS / "node_modules"))
+    why = missing(BROWSER)
+    if why is not None:
+        (pytest.fail if os.environ.get("GAUGE_EXT_REQUIRE_JS") else pytest.skip)(why)
+    folder, feeds, _ = made
+    factors = safetensors.numpy.load_file(folder / "adapter.safetensors")
+    with open_runtime(BROWSER, folder / "graph.onnx") as browser:
+        (found,) = browser.run(["last_hidden_state"], feeds | factors)
+    agree(browser.name, found, made, capsys)

@@ -1,6 +1,14 @@
-"""The same file in other runtimes; what is not installed is skipped and says what is missing."""
+"""The same file in other runtimes; what is not installed is skipped and says what is missing.
+
+``make test-js`` installs those of npm; with GAUGE_EXT_REQUIRE_JS set, one that is missing fails.
+"""
 
 from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -9,6 +17,7 @@ from torch import Tensor, nn
 
 from gauge_ext.errors import ConfigError, ExportError
 from gauge_ext.export import export_onnx
+from gauge_ext.export.proof.browser import Browser, Server
 from gauge_ext.export.proof.runtimes import RUNTIMES, missing, open_runtime
 from gauge_ext.export.validate import validate_onnx
 
@@ -44,6 +53,8 @@ def mixed(tmp_path_factory):
 def name(request) -> str:
     why = missing(request.param)
     if why is not None:
+        if request.param.startswith("onnxruntime-") and os.environ.get("GAUGE_EXT_REQUIRE_JS"):
+            pytest.fail(f"{request.param}: {why}")
         pytest.skip(f"{request.param}: {why}")
     return request.param
 
@@ -100,6 +111,47 @@ def test_a_runtime_that_is_not_there(monkeypatch, tmp_path):
         open_runtime("onnxruntime-node", tmp_path / "m.onnx"),
     ):
         pass
+
+
+def test_the_browsers_server_hands_out_nothing_else(mixed, tmp_path):
+    _, _, path = mixed
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / "ort.js").write_text("script")
+    (tmp_path / "secret.txt").write_text("private")
+    server = Server(tmp_path / "dist", path)
+    Thread(target=server.serve_forever, daemon=True).start()
+
+    def get(url: str) -> bytes:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return response.read()
+
+    try:
+        base = server.url.removesuffix("page.html")
+        assert get(base + "ort/ort.js") == b"script"
+        assert get(base + "graph") == path.read_bytes()
+        root = f"http://127.0.0.1:{server.server_port}/"
+        for url in (
+            *(root, root + "page.html", root + "wrong/graph"),
+            *(base, base + "ort/", base + "ort/../secret.txt", base + "ort/..%2Fsecret.txt"),
+            base + f"ort/{tmp_path}/secret.txt",
+        ):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                get(url)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_browser_that_ends(monkeypatch, mixed, tmp_path):
+    _, _, path = mixed
+    browser = tmp_path / "chrome"
+    browser.write_text("#!/bin/sh\nexit 3\n")
+    browser.chmod(0o755)
+    monkeypatch.setenv("CHROME_BIN", str(browser))
+    with pytest.raises(ExportError, match="browser left with status 3"), Browser(tmp_path, path):
+        pass
+    monkeypatch.setenv("CHROME_BIN", str(tmp_path / "none"))
+    assert "CHROME_BIN" in str(missing("onnxruntime-web-browser"))
 
 
 def test_where_npm_packages_are_looked_for(monkeypatch, tmp_path):
