@@ -10,6 +10,7 @@
 #include "math/dropout.h"
 #include "math/host_device.h"
 #include "math/philox.h"
+#include "math/storage.h"
 
 namespace gauge_ext {
 
@@ -46,6 +47,33 @@ GAUGE_EXT_HOST_DEVICE uint32_t rounding_bits(const Rounding& rounding,
   const int draw = element / kDropoutLanes;
   const uint32_t word = words[draw / 2];
   return draw % 2 ? word >> 16 : word & 0xFFFFu;
+}
+
+// `value` as one of its two neighbours in scalar_t, the farther the rarer: adding 16 random bits
+// below the last one that is kept and cutting them off carries with just that probability. Still
+// in float32; infinity and NaN stay what they are.
+template <typename scalar_t>
+GAUGE_EXT_HOST_DEVICE float round_stochastic(float value, uint32_t draw) {
+  const uint32_t bits = float_bits(value);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F7FFFFFu) {
+    return value;
+  }
+  uint32_t rounded;
+  if constexpr (std::is_same_v<scalar_t, BFloat16Bits>) {
+    rounded = (magnitude + draw) & ~0xFFFFu;
+  } else {
+    static_assert(std::is_same_v<scalar_t, Float16Bits>);
+    rounded = (magnitude + (draw >> 3)) & ~0x1FFFu;
+    if (magnitude < 0x38800000u) {  // below 2^-14 numbers are 2^-24 apart: exact arithmetic
+      const float steps = bits_float(magnitude) * 0x1p24f;
+      const auto whole = static_cast<int32_t>(steps);
+      const float rest = (steps - static_cast<float>(whole)) * 0x1p16f;
+      const bool up = rest > static_cast<float>(0xFFFFu - draw);
+      rounded = float_bits(static_cast<float>(whole + (up ? 1 : 0)) * 0x1p-24f);
+    }
+  }
+  return bits_float(rounded | (bits & 0x80000000u));
 }
 
 }  // namespace gauge_ext

@@ -3,9 +3,10 @@
 // merge_: W += s·B A for many weights in one call; merge_out: the same into other tensors.
 //
 // The arguments are lists of one length. weight[i] is (out, in), or (in, out) where transposed[i];
-// lora_A[i] is (r, in), lora_B[i] is (out, r). Returns (n, 4) float64: for each weight whether all
-// of it is finite now (1 or 0), and the sums of D², K² and (D - K)², where D is the update and K
-// what the weight really changed by after rounding; zeros where `fidelity` is off.
+// lora_A[i] is (r, in), lora_B[i] is (out, r). Returns (n, 4) float64 on the weights' device: for
+// each weight whether all of it is finite now (1 or 0), and the sums of D², K² and (D - K)², where
+// D is the update and K what the weight really changed by after rounding; zeros where `fidelity` is
+// off.
 
 #include <optional>
 #include <vector>

@@ -52,7 +52,8 @@ def merge_(
 
     A weight that does not fit into memory is merged by rows: ``merge_(block, lora_A, lora_B[rows],
     s, first_row=rows.start)`` gives the bits of the whole. A numpy array is merged through
-    ``torch.from_numpy``, which shares its memory.
+    ``torch.from_numpy``, which shares its memory. On a GPU the same bits are written as on a CPU with
+    AVX2 or newer, and the call waits for the GPU once, to return what was done.
 
     Args:
         weight: W, ``(out, in)``, or ``(in, out)`` where ``transposed``; float32, float64, bfloat16
@@ -125,13 +126,21 @@ def merges_in_one_pass(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     return (
         _load.status().compiled
         # A subclass (quantised, distributed, fake) knows best itself how it is added to.
-        and all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in every)
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in every)
+        and _has_kernels(every)
         and weight.layout == torch.strided
         and weight.dim() == lora_A.dim() == lora_B.dim() == 2
         and 1 in weight.stride()
         and weight.dtype in _DTYPES
         and (weight.dtype == torch.float64 or torch.float64 not in (lora_A.dtype, lora_B.dtype))
     )
+
+
+def _has_kernels(tensors: Sequence[Tensor]) -> bool:
+    """Whether the compiled kernel runs where these are: all on the CPU, or all on one GPU."""
+    devices = {tensor.device for tensor in tensors}
+    kinds = {"cpu", "cuda"} if _load.status().cuda else {"cpu"}
+    return _load.status().compiled and len(devices) == 1 and devices.pop().type in kinds
 
 
 def _listed(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -153,8 +162,11 @@ def _run(
     a, b = _listed(lora_A), _listed(lora_B)
     scale = [scaling] * len(weights) if isinstance(scaling, int | float) else list(scaling)
     flip = [transposed] * len(weights) if isinstance(transposed, bool) else list(transposed)
-    if _load.status().compiled and all(w.is_cpu for w in weights):
+    if not weights:
+        return ()
+    if _has_kernels(weights):
         op = torch.ops.gauge_ext.merge_out.default
+        # On a GPU nothing has waited for it yet; to read what became of the weights is to wait.
         sums = op(weights, a, b, scale, flip, seed, first_row, fidelity, out=outs).tolist()
     else:
         sums = _plain(outs, weights, a, b, scale, flip, seed, first_row)
@@ -174,7 +186,7 @@ def _plain(
     seed: Tensor | None,
     first_row: int,
 ) -> list[list[float]]:
-    """The same in torch, for other devices and where nothing is compiled."""
+    """The same in torch: for other devices, several of them, and where nothing is compiled."""
     if seed is not None and not {w.dtype for w in weights} <= {torch.bfloat16, torch.float16}:
         raise RuntimeError("seed asks for stochastic rounding: for bfloat16 and float16 weights.")
     every = zip(outs, weights, lora_A, lora_B, scaling, transposed, strict=True)
@@ -204,7 +216,8 @@ def _fake_merge(
     fidelity: bool = False,
     out: list[Tensor] | None = None,
 ) -> Tensor:
-    return torch.empty(len(weight), 4, dtype=torch.float64)
+    where = weight[0].device if weight else None
+    return torch.empty(len(weight), 4, dtype=torch.float64, device=where)
 
 
 if _load.load().compiled:

@@ -15,7 +15,7 @@ namespace {
 
 using gauge_ext::AccOf;
 using gauge_ext::BFloat16Bits;
-using gauge_ext::HalfBits;
+using gauge_ext::Float16Bits;
 using gauge_ext::Rounding;
 using gauge_ext::UpdateSums;
 
@@ -31,7 +31,7 @@ double to_double(BFloat16Bits value) {
   std::memcpy(&result, &bits, sizeof(result));
   return result;
 }
-double to_double(HalfBits value) {
+double to_double(Float16Bits value) {
   const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
   const double size = exponent == 0 ? std::ldexp(fraction, -24)
                       : exponent < 31
@@ -49,7 +49,7 @@ scalar_t number(std::mt19937& generator) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
     return {static_cast<uint16_t>(bits >> 16)};
-  } else if constexpr (std::is_same_v<scalar_t, HalfBits>) {
+  } else if constexpr (std::is_same_v<scalar_t, Float16Bits>) {
     return {static_cast<uint16_t>(generator() & 0xBFFFu)};  // below 2
   } else {
     return value;
@@ -62,7 +62,7 @@ double unit(double value) {
   const int exponent = value == 0 ? -200 : std::ilogb(value);
   if constexpr (std::is_same_v<scalar_t, BFloat16Bits>) {
     return std::ldexp(1.0, std::max(exponent - 7, -133));
-  } else if constexpr (std::is_same_v<scalar_t, HalfBits>) {
+  } else if constexpr (std::is_same_v<scalar_t, Float16Bits>) {
     return std::ldexp(1.0, std::max(exponent - 10, -24));
   } else {
     return 0.0;
@@ -122,7 +122,7 @@ void check_update(int64_t rows, int64_t columns, int64_t rank, bool stochastic) 
         // The upper neighbour just where the random bits say so; a hair's breadth is left open.
         const double size = std::abs(exact), share = size / step - std::floor(size / step);
         uint32_t draw = gauge_ext::rounding_bits(rounding, i, c);
-        if (std::is_same_v<scalar_t, HalfBits> && step > 0x1p-24) {
+        if (std::is_same_v<scalar_t, Float16Bits> && step > 0x1p-24) {
           draw = draw / 8 * 8;
         }
         const double margin = share * 65536 - (65535.0 - draw);
@@ -161,8 +161,8 @@ TEST_CASE("rank update in bfloat16") {
   check_sizes<BFloat16Bits>(true);
 }
 TEST_CASE("rank update in float16") {
-  check_sizes<HalfBits>(false);
-  check_sizes<HalfBits>(true);
+  check_sizes<Float16Bits>(false);
+  check_sizes<Float16Bits>(true);
 }
 
 TEST_CASE("an entry that is not finite is seen, wherever it is") {

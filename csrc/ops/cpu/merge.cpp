@@ -33,7 +33,7 @@ auto dispatch_dtype(const Tensor& weight, const F& body) {
     case at::kBFloat16:
       return body(BFloat16Bits());
     case at::kHalf:
-      return body(HalfBits());
+      return body(Float16Bits());
     default:
       TORCH_CHECK(false, "weight must be float32, float64, bfloat16 or float16, got ",
                   weight.scalar_type());

@@ -10,7 +10,7 @@ namespace gauge_ext {
   extern const RankUpdateKernels<float> rank_update_float;           \
   extern const RankUpdateKernels<double> rank_update_double;         \
   extern const RankUpdateKernels<BFloat16Bits> rank_update_bfloat16; \
-  extern const RankUpdateKernels<HalfBits> rank_update_half;         \
+  extern const RankUpdateKernels<Float16Bits> rank_update_half;      \
   }
 GAUGE_EXT_EACH_CAPABILITY(GAUGE_EXT_DECLARE_TABLES)
 #undef GAUGE_EXT_DECLARE_TABLES
@@ -31,7 +31,7 @@ const RankUpdateKernels<BFloat16Bits>& rank_update_kernels<BFloat16Bits>() {
 }
 
 template <>
-const RankUpdateKernels<HalfBits>& rank_update_kernels<HalfBits>() {
+const RankUpdateKernels<Float16Bits>& rank_update_kernels<Float16Bits>() {
   GAUGE_EXT_CHOOSE(rank_update_half)
 }
 

@@ -10,17 +10,10 @@
 #include <cstdint>
 
 #include "math/stochastic.h"
+#include "math/storage.h"
 #include "ops/cpu/low_rank.h"
 
 namespace gauge_ext {
-
-struct HalfBits {  // IEEE binary16 as it lies in memory
-  uint16_t bits;
-};
-template <>
-struct AccOf<HalfBits> {
-  using type = float;
-};
 
 // What an update did, summed over the entries. D is the update, K = out - W what was kept of it.
 struct UpdateSums {

@@ -26,7 +26,7 @@ int64_t block_columns(int64_t rank) {
 // --- float16, and rounding by chance
 // --------------------------------------------------------------
 
-inline __attribute__((always_inline)) Vec<float> load_half(const HalfBits* from) {
+inline __attribute__((always_inline)) Vec<float> load_half(const Float16Bits* from) {
 #if defined(CPU_CAPABILITY_AVX512)
   return reinterpret_cast<Vec<float>>(
       _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
@@ -44,7 +44,7 @@ inline __attribute__((always_inline)) Vec<float> load_half(const HalfBits* from)
 #endif
 }
 
-inline __attribute__((always_inline)) void store_half(HalfBits* to, const Vec<float>& value) {
+inline __attribute__((always_inline)) void store_half(Float16Bits* to, const Vec<float>& value) {
 #if defined(CPU_CAPABILITY_AVX512)
   const __m256i half = _mm512_cvtps_ph(reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(to, &half, sizeof(half));
@@ -62,7 +62,7 @@ inline __attribute__((always_inline)) void store_half(HalfBits* to, const Vec<fl
 template <typename scalar_t>
 inline __attribute__((always_inline)) Vec<typename AccOf<scalar_t>::type> read(
     const scalar_t* from) {
-  if constexpr (std::is_same_v<scalar_t, HalfBits>) {
+  if constexpr (std::is_same_v<scalar_t, Float16Bits>) {
     return load_half(from);
   } else {
     return load_as<scalar_t, typename AccOf<scalar_t>::type>(from);
@@ -84,8 +84,8 @@ inline __attribute__((always_inline)) Vec<acc_t> nearest(const Vec<acc_t>& value
     const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
     const Words is_nan = above(bits & 0x7FFFFFFFu, 0x7F800000u);
     return reinterpret_cast<Vec<float>>((rounded & ~is_nan) | (is_nan & 0x7FC00000u));
-  } else if constexpr (std::is_same_v<scalar_t, HalfBits>) {
-    HalfBits half[kWidth<float>];
+  } else if constexpr (std::is_same_v<scalar_t, Float16Bits>) {
+    Float16Bits half[kWidth<float>];
     store_half(half, value);
     return load_half(half);
   } else {
@@ -96,7 +96,7 @@ inline __attribute__((always_inline)) Vec<acc_t> nearest(const Vec<acc_t>& value
 // Stores what scalar_t holds exactly.
 template <typename scalar_t, typename acc_t>
 inline __attribute__((always_inline)) void write(scalar_t* to, const Vec<acc_t>& value) {
-  if constexpr (std::is_same_v<scalar_t, HalfBits>) {
+  if constexpr (std::is_same_v<scalar_t, Float16Bits>) {
     store_half(to, value);
   } else if constexpr (std::is_same_v<scalar_t, BFloat16Bits>) {
     const Words bits = reinterpret_cast<Words>(value) >> 16;
@@ -138,7 +138,7 @@ inline __attribute__((always_inline)) Vec<float> stochastic(const Vec<float>& va
   // Infinity and NaN stay what they are.
   const Words special = above(magnitude, 0x7F7FFFFFu);
   Words rounded;
-  if constexpr (std::is_same_v<scalar_t, HalfBits>) {
+  if constexpr (std::is_same_v<scalar_t, Float16Bits>) {
     const Words normal = (magnitude + (draw >> 3)) & ~0x1FFFu;
     const Words small = ~above(magnitude, 0x387FFFFFu);  // below 2^-14
     const Words subnormal = reinterpret_cast<Words>(
@@ -424,12 +424,12 @@ namespace CPU_CAPABILITY {
 extern const RankUpdateKernels<float> rank_update_float;
 extern const RankUpdateKernels<double> rank_update_double;
 extern const RankUpdateKernels<BFloat16Bits> rank_update_bfloat16;
-extern const RankUpdateKernels<HalfBits> rank_update_half;
+extern const RankUpdateKernels<Float16Bits> rank_update_half;
 
 const RankUpdateKernels<float> rank_update_float = table<float>();
 const RankUpdateKernels<double> rank_update_double = table<double>();
 const RankUpdateKernels<BFloat16Bits> rank_update_bfloat16 = table<BFloat16Bits>();
-const RankUpdateKernels<HalfBits> rank_update_half = table<HalfBits>();
+const RankUpdateKernels<Float16Bits> rank_update_half = table<Float16Bits>();
 
 }  // namespace CPU_CAPABILITY
 }  // namespace gauge_ext

@@ -4,7 +4,6 @@
 
 #include "ops/lora_linear.h"
 
-#include <type_traits>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -12,94 +11,15 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "ops/cuda/low_rank.h"
+#include "ops/cuda/launch.h"
 
 namespace gauge_ext::cuda {
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-template <typename T>
-struct Tag {
-  using type = T;
-};
-
-// Calls body with x's storage type, as a Tag.
-template <typename F>
-auto dispatch(const Tensor& x, const F& body) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return body(Tag<float>());
-    case at::kDouble:
-      return body(Tag<double>());
-    case at::kBFloat16:
-      return body(Tag<BFloat16Bits>());
-    case at::kHalf:
-      return body(Tag<Float16Bits>());
-    default:
-      TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16 on CUDA, got ",
-                  x.scalar_type());
-  }
-}
-
-Type type_of(const Tensor& factor) {
-  switch (factor.scalar_type()) {
-    case at::kFloat:
-      return Type::kFloat;
-    case at::kDouble:
-      return Type::kDouble;
-    case at::kBFloat16:
-      return Type::kBFloat16;
-    case at::kHalf:
-      return Type::kFloat16;
-    default:
-      TORCH_CHECK(false, "lora_A must be float32, float64, bfloat16 or float16 on CUDA, got ",
-                  factor.scalar_type());
-  }
-}
-
-// A seed on the host goes along with the launch; one on the device is read there.
-DropoutSource make_dropout(const Tensor& x, double dropout_p, const OptionalTensor& seed) {
-  DropoutSource source;
-  if (dropout_p > 0.0) {
-    const bool on_host = seed->is_cpu();
-    TORCH_CHECK(on_host || seed->device() == x.device(),
-                "seed must be on the CPU or on x's device, ", x.device(), ", got ", seed->device());
-    const auto value = on_host ? static_cast<uint64_t>(seed->item<int64_t>()) : 0;
-    source.dropout = Dropout::make(dropout_p, value);
-    source.seed = on_host ? nullptr : seed->const_data_ptr<int64_t>();
-  }
-  return source;
-}
-
-template <typename T>
-const T* data_of(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-T* mutable_data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <typename scalar_t>
-Matrix<const scalar_t> matrix(const Tensor& rows) {
-  return {data_of<scalar_t>(rows), rows.size(0), rows.size(1)};
-}
-
-// A factor, or the gradient of one, as (r, columns)
-Factor<const void> factor(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), type_of(tensor), tensor.stride(0), tensor.stride(1)};
-}
-Factor<void> mutable_factor(const Tensor& tensor) {
-  return {tensor.mutable_data_ptr(), type_of(tensor), tensor.stride(0), tensor.stride(1)};
-}
 
 // A call's sizes, its factors, and the kernels for it.
 template <typename scalar_t>
@@ -112,17 +32,13 @@ struct Call {
   const Tensor& B;  // (out, r)
   at::TensorOptions acc;
   const LowRankKernels<scalar_t>& kernels = low_rank_kernels<scalar_t>();
-  Stream stream = c10::cuda::getCurrentCUDAStream();
+  Stream stream = current_stream();
 
   Call(const LoraLinearSizes& n,
        const DropoutSource& dropout,
        const Tensor& lora_A,
        const Tensor& lora_B)
-      : n(n),
-        dropout(dropout),
-        A(lora_A),
-        B(lora_B),
-        acc(A.options().dtype(std::is_same_v<acc_t, double> ? at::kDouble : at::kFloat)) {}
+      : n(n), dropout(dropout), A(lora_A), B(lora_B), acc(A.options().dtype(acc_dtype<acc_t>())) {}
 
   Tensor scratch(int64_t numbers) const { return at::empty({numbers}, acc); }
 
@@ -192,10 +108,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x,
                                    double dropout_p,
                                    const OptionalTensor& seed) {
   const auto n = check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p, seed);
-  const c10::cuda::CUDAGuard guard(x.device());
+  const auto guard = guard_of(x);
   const DropoutSource dropout = make_dropout(x, dropout_p, seed);
   const Tensor rows = x.contiguous().view({n.rows, n.in_features});
-  auto [y, hidden] = dispatch(x, [&](auto scalar) {
+  auto [y, hidden] = dispatch(x, "x", [&](auto scalar) {
     const Call<typename decltype(scalar)::type> call(n, dropout, lora_A, lora_B);
     const Tensor hidden = call.project(rows, call.A, dropout, 1.0);
     const Tensor y = call.expand(x.options(), bias, hidden, call.B.t(), DropoutSource(), scaling);
@@ -224,10 +140,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad,
                   grad.numel() == n.rows * n.out_features,
               "grad must have shape [*batch, out] = [*, ", n.out_features, "] to fit x ", x.sizes(),
               ", got ", grad.sizes());
-  const c10::cuda::CUDAGuard guard(x.device());
+  const auto guard = guard_of(x);
   const DropoutSource dropout = make_dropout(x, dropout_p, seed);
   const Tensor grad_rows = grad.contiguous().view({n.rows, n.out_features});
-  return dispatch(x, [&](auto scalar) -> std::tuple<Tensor, Tensor, Tensor> {
+  return dispatch(x, "x", [&](auto scalar) -> std::tuple<Tensor, Tensor, Tensor> {
     const Call<typename decltype(scalar)::type> call(n, dropout, lora_A, lora_B);
     Tensor grad_hidden, grad_x = at::empty({0}, x.options());
     Tensor grad_A = at::empty({0}, lora_A.options()), grad_B = at::empty({0}, lora_B.options());
@@ -262,15 +178,15 @@ Tensor lora_linear(const Tensor& x,
 
 Tensor dropout_mask(const Tensor& x, double dropout_p, const Tensor& seed) {
   TORCH_CHECK(x.dim() >= 1, "x must have at least one dimension, got ", x.sizes());
-  const c10::cuda::CUDAGuard guard(x.device());
+  const auto guard = guard_of(x);
   const int64_t columns = x.size(-1);
   const int64_t rows = x.numel() / std::max<int64_t>(columns, 1);
   const DropoutSource dropout = make_dropout(x, dropout_p, seed);
   const Tensor mask = at::empty(x.sizes(), x.options());
-  dispatch(x, [&](auto scalar) {
+  dispatch(x, "x", [&](auto scalar) {
     using scalar_t = typename decltype(scalar)::type;
     draw_mask<scalar_t>({mutable_data_of<scalar_t>(mask), rows, columns}, dropout,
-                        c10::cuda::getCurrentCUDAStream());
+                        current_stream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return mask;
