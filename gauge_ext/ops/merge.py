@@ -52,8 +52,8 @@ def merge_(
 
     A weight that does not fit into memory is merged by rows: ``merge_(block, lora_A, lora_B[rows],
     s, first_row=rows.start)`` gives the bits of the whole. A numpy array is merged through
-    ``torch.from_numpy``, which shares its memory. On a GPU the same bits are written as on a CPU with
-    AVX2 or newer, and the call waits for the GPU once, to return what was done.
+    ``torch.from_numpy``, which shares its memory. On a GPU the bits are those of a CPU with AVX2 or
+    newer, and the call waits for the GPU once, to return what was done.
 
     Args:
         weight: W, ``(out, in)``, or ``(in, out)`` where ``transposed``; float32, float64, bfloat16
@@ -138,9 +138,12 @@ def merges_in_one_pass(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
 
 def _has_kernels(tensors: Sequence[Tensor]) -> bool:
     """Whether the compiled kernel runs where these are: all on the CPU, or all on one GPU."""
+    build = _load.status()
     devices = {tensor.device for tensor in tensors}
-    kinds = {"cpu", "cuda"} if _load.status().cuda else {"cpu"}
-    return _load.status().compiled and len(devices) == 1 and devices.pop().type in kinds
+    if not build.compiled or len(devices) != 1:
+        return False
+    device = devices.pop()
+    return device.type == "cpu" or (device.type == "cuda" and build.cuda)
 
 
 def _listed(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
