@@ -220,8 +220,11 @@ std::vector<Tensor> group_autograd(const Tensor& x,
       requires_grad |= tensor.requires_grad();
     }
   }
-  // Kernels for a whole group exist on the CPU; elsewhere each member has its own.
-  const bool has_kernels = x.is_cpu() || x.is_meta();
+  // A device without kernels for a whole group takes it member by member.
+  static const auto group_op = find<GroupSchema>("gauge_ext::lora_linear_group");
+  const bool has_kernels =
+      x.is_cpu() || x.is_meta() ||
+      (x.is_cuda() && group_op.hasKernelForDispatchKey(c10::DispatchKey::CUDA));
   if (transformed || !has_kernels) {
     return group_composite(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seeds);
   }
@@ -229,9 +232,8 @@ std::vector<Tensor> group_autograd(const Tensor& x,
     return LoraLinearGroupFunction::apply(x, weights, TensorList(present), bias_of, lora_As,
                                           lora_Bs, seeds, scalings, dropout_p);
   }
-  static const auto group = find<GroupSchema>("gauge_ext::lora_linear_group");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return group.call(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seeds);
+  return group_op.call(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seeds);
 }
 
 // As for lora_linear: the bases in the lower precision, the adapters in their own.
@@ -326,10 +328,6 @@ TORCH_LIBRARY_IMPL(gauge_ext, AutocastCPU, m) {
 
 TORCH_LIBRARY_IMPL(gauge_ext, AutocastCUDA, m) {
   m.impl("lora_linear_group", &group_autocast);
-}
-
-TORCH_LIBRARY_IMPL(gauge_ext, CUDA, m) {
-  m.impl("lora_linear_group", &group_composite);
 }
 
 // torch.vmap sees the members, and of them the parts.

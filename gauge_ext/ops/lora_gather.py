@@ -38,7 +38,7 @@ def lora_gather(
     backward pass.
 
     Args:
-        x: ``(*batch, in)``; float32, float64 or bfloat16 on the CPU. On other devices the
+        x: ``(*batch, in)``; float32, float64 or bfloat16, and float16 on CUDA. On other devices the
             plain-torch formula runs, over all adapters side by side.
         weight: ``(out, in)``, of x's dtype.
         bias: ``(out)``, of x's dtype, or None.
@@ -46,17 +46,20 @@ def lora_gather(
         lora_B: One ``(out, r_i)`` for each adapter, of lora_A's dtype.
         scaling: One s for each adapter.
         index: int64, of the shape of the first batch dimensions of x: ``(batch)`` for x
-            ``(batch, tokens, in)`` gives all tokens of a sample one adapter. -1: none.
+            ``(batch, tokens, in)`` gives all tokens of a sample one adapter. -1: none. On the CPU or
+            on x's device; a CUDA graph reads it anew at each replay where it lies on the GPU.
 
     Returns:
         ``(*batch, out)``, of x's dtype.
 
     Raises:
         RuntimeError: A shape, dtype or device does not fit, or an index is out of range; the
-            message names the argument, what was expected and what came.
+            message names the argument, what was expected and what came. An index on a GPU is
+            checked there, by an assertion of CUDA's, as those of torch's own indexing.
     """
     # torch.jit.trace writes down ordinary operators; see lora_linear.
-    if not (x.is_cpu or x.is_meta) or torch._C._get_tracing_state() is not None:
+    has_kernels = x.is_cpu or x.is_meta or (x.is_cuda and _load.load().cuda)
+    if not has_kernels or torch._C._get_tracing_state() is not None:
         return reference.lora_gather(x, weight, bias, lora_A, lora_B, scaling, index)
     return cast(Tensor, _op(x, weight, bias, list(lora_A), list(lora_B), list(scaling), index))
 

@@ -38,7 +38,9 @@ def lora_linear_group(
     Each :math:`y_i` is what :func:`~gauge_ext.ops.lora_linear` returns for the member, with the
     same mask for the same seed. On the CPU, x is kept for the backward pass once, and its gradient
     is summed up over the members in one tensor, in float32 or wider, where separate layers would
-    write one each and add them up afterwards. On other devices the members run one by one.
+    write one each and add them up afterwards. On CUDA, members that share a mask share the passes
+    over x, and their products are added to one gradient of x in its own dtype. On other devices the
+    members run one by one.
 
     Args:
         x: ``(*batch, in)``; see :func:`~gauge_ext.ops.lora_linear` for dtypes.
@@ -58,7 +60,8 @@ def lora_linear_group(
         RuntimeError: The lists differ in length, or a shape, dtype or device does not fit; the
             message names the argument, what was expected and what came.
     """
-    if (x.is_cpu or x.is_meta) and torch._C._get_tracing_state() is None:
+    has_kernels = x.is_cpu or x.is_meta or (x.is_cuda and _load.load().cuda)
+    if has_kernels and torch._C._get_tracing_state() is None:
         call = (x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seeds)
         return cast("list[Tensor]", _op(*call))
     return [

@@ -3,7 +3,7 @@
 // Y = bias + scale · (L R) ∘ M, or Y += the same: a block writes 128 x 128 of Y, a warp sixteen
 // rows of them.
 
-#include "ops/cuda/tiles.cuh"
+#include "ops/cuda/stage.cuh"
 
 namespace gauge_ext::cuda {
 namespace {
@@ -75,8 +75,13 @@ __device__ __forceinline__ void write_four(const acc_t (&value)[4],
   }
 }
 
-template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads) expand_kernel(const ExpandArguments<scalar_t> p) {
+// The block's part of Y for `rows` rows, of which the i-th is row_of(i) of Y; L has so many numbers
+// from one row to the next.
+template <typename scalar_t, typename F>
+__device__ __forceinline__ void expand_block(const ExpandArguments<scalar_t>& p,
+                                             int64_t rows,
+                                             int64_t left_stride,
+                                             const F& row_of) {
   using acc_t = typename AccOf<scalar_t>::type;
   constexpr int RANK = kMaxRank<scalar_t>;
   alignas(16) __shared__ acc_t right[RANK][kExpandStride];
@@ -89,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(const ExpandArguments<
   // four neighbours that start at 16 d + 4 t.
   acc_t value[kDropoutDraws][2][4] = {};
   const auto left = [&](int64_t i, int64_t j) {
-    return i < p.y.rows && j < p.rank ? p.left[i * p.rank + j] : acc_t(0);
+    return i < rows && j < p.rank ? p.left[i * left_stride + j] : acc_t(0);
   };
   for (int64_t rank0 = 0; rank0 < p.rank; rank0 += RANK) {
     __syncthreads();
@@ -120,8 +125,8 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(const ExpandArguments<
   const bool aligned = packs_aligned(p.y.data, p.y.columns, 4);
   GAUGE_EXT_UNROLL
   for (int lower = 0; lower < 2; ++lower) {
-    const int64_t i = row + 8 * lower;
-    if (i < p.y.rows) {
+    if (row + 8 * lower < rows) {
+      const int64_t i = row_of(row + 8 * lower);
       RowMask mask;
       if (dropout.threshold > 0) {
         mask.draw(dropout, i,
@@ -141,6 +146,11 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(const ExpandArguments<
       }
     }
   }
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads) expand_kernel(const ExpandArguments<scalar_t> p) {
+  expand_block(p, p.y.rows, p.rank, [](int64_t i) { return i; });
 }
 
 template <typename scalar_t, typename acc_t>

@@ -4,7 +4,7 @@
 // apart: the places that one counter of the random generator serves.
 
 #include "ops/cuda/rank_update.h"
-#include "ops/cuda/tiles.cuh"
+#include "ops/cuda/stage.cuh"
 
 namespace gauge_ext::cuda {
 namespace {

@@ -1,189 +1,16 @@
 #pragma once
 
-// Tiles of a row-major matrix in shared memory, and the two skinny products of a tile, by the eight
-// warps of a block. g = lane / 4 and t = lane % 4 throughout, as in the fragments of `mma`.
+// The two skinny products of a tile, by the eight warps of a block. g = lane / 4 and t = lane % 4
+// throughout, as in the fragments of `mma`.
 //
 // The order in which a product runs over its inner index does not matter, nor which of a fragment's
 // columns stands for which column of the matrix. Both are chosen such that a lane's numbers are
 // neighbours in memory, and in dropout's order.
 
-#include "math/dropout.h"
-#include "ops/cuda/device.cuh"
-#include "ops/cuda/low_rank.h"
+#include "ops/cuda/stage.cuh"
 
 namespace gauge_ext::cuda {
 namespace {
-
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kTileColumns = kDropoutBlock;  // 128
-
-// 16 more than needed: rows then start in different banks.
-constexpr int kTileStride = kTileColumns + 16;
-
-// A tile takes 16 KB whatever the storage type: 64 rows of half precision, 32 of float32.
-template <typename scalar_t>
-constexpr int kTileRows = 128 / static_cast<int>(sizeof(scalar_t));
-
-// The ranks that a block works on; more are given to other blocks.
-template <typename scalar_t>
-constexpr int kMaxRank = sizeof(scalar_t) == 8 ? 16 : 32;
-
-// A rank's stride in a tile of L, again for the banks.
-template <int RANK>
-constexpr int kLeftStride = RANK + 8;
-
-template <typename scalar_t>
-using Tile = scalar_t[kTileRows<scalar_t>][kTileStride];
-
-__device__ __forceinline__ Dropout read_seed(const DropoutSource& source) {
-  Dropout dropout = source.dropout;
-  if (source.seed != nullptr) {
-    dropout.seed = static_cast<uint64_t>(*source.seed);
-  }
-  return dropout;
-}
-
-template <typename acc_t>
-acc_t dropout_scale(const DropoutSource& source) {
-  return source.dropout.threshold > 0 ? static_cast<acc_t>(source.dropout.scale) : acc_t(1);
-}
-
-// Whether packs of `count` elements that start at multiples of it in each row are aligned.
-template <typename scalar_t>
-__device__ __forceinline__ bool packs_aligned(const scalar_t* data, int64_t columns, int count) {
-  return columns % count == 0 &&
-         reinterpret_cast<uintptr_t>(data) % (count * sizeof(scalar_t)) == 0;
-}
-
-// tile = X ∘ (M > 0) for the rows and columns that start at `row0` and `column0`, a multiple of
-// 128; zeros beyond the edges. The scale of what dropout keeps is left to whoever uses the tile, so
-// that the numbers stay what they are.
-//
-// Each thread moves 8 bytes at a time, PACK elements, at eight places of a row that are 16 columns
-// apart: just those places that one counter of the generator serves.
-template <typename scalar_t>
-__device__ __forceinline__ void stage(Tile<scalar_t>& tile,
-                                      const Matrix<const scalar_t>& x,
-                                      int64_t row0,
-                                      int64_t column0,
-                                      const Dropout& dropout) {
-  constexpr int PACK = pack_size<scalar_t>(8);
-  constexpr int kPerRow = kDropoutLanes / PACK;
-  static_assert(kPerRow * kTileRows<scalar_t> == kThreads);
-  using Packed = Pack<scalar_t, PACK>;
-  const int first = static_cast<int>(threadIdx.x) % kPerRow * PACK;
-  const int tile_row = static_cast<int>(threadIdx.x) / kPerRow;
-  const int64_t row = row0 + tile_row;
-  const bool aligned = packs_aligned(x.data, x.columns, PACK);
-
-  Packed values[kDropoutDraws];
-  GAUGE_EXT_UNROLL
-  for (int d = 0; d < kDropoutDraws; ++d) {
-    const int64_t column = column0 + d * kDropoutLanes + first;
-    const scalar_t* from = x.data + row * x.columns + column;
-    values[d] = Packed{};
-    if (row < x.rows) {
-      if (aligned) {
-        if (column < x.columns) {
-          values[d] = *reinterpret_cast<const Packed*>(from);
-        }
-      } else {
-        GAUGE_EXT_UNROLL
-        for (int v = 0; v < PACK; ++v) {
-          if (column + v < x.columns) {
-            values[d].values[v] = from[v];
-          }
-        }
-      }
-    }
-  }
-  if (dropout.threshold > 0) {
-    const auto block = static_cast<uint32_t>(column0 / kDropoutBlock * kDropoutLanes);
-    GAUGE_EXT_UNROLL
-    for (int v = 0; v < PACK; ++v) {
-      uint32_t words[4];
-      dropout_words(dropout, row, block + static_cast<uint32_t>(first + v), words);
-      GAUGE_EXT_UNROLL
-      for (int d = 0; d < kDropoutDraws; ++d) {
-        const uint32_t draw = d % 2 ? words[d / 2] >> 16 : words[d / 2] & 0xFFFFu;
-        if (draw < dropout.threshold) {
-          values[d].values[v] = scalar_t{};
-        }
-      }
-    }
-  }
-  GAUGE_EXT_UNROLL
-  for (int d = 0; d < kDropoutDraws; ++d) {
-    *reinterpret_cast<Packed*>(&tile[tile_row][d * kDropoutLanes + first]) = values[d];
-  }
-}
-
-template <typename acc_t>
-__device__ __forceinline__ acc_t load_factor(const Factor<const void>& factor, int64_t at) {
-  switch (factor.type) {
-    case Type::kFloat:
-      return static_cast<const float*>(factor.data)[at];
-    case Type::kDouble:
-      return static_cast<acc_t>(static_cast<const double*>(factor.data)[at]);
-    case Type::kBFloat16:
-      return widen(static_cast<const BFloat16Bits*>(factor.data)[at]);
-    default:
-      return widen(static_cast<const Float16Bits*>(factor.data)[at]);
-  }
-}
-
-template <typename acc_t>
-__device__ __forceinline__ void store_factor(const Factor<void>& factor, int64_t at, acc_t value) {
-  switch (factor.type) {
-    case Type::kFloat:
-      static_cast<float*>(factor.data)[at] = static_cast<float>(value);
-      break;
-    case Type::kDouble:
-      static_cast<double*>(factor.data)[at] = value;
-      break;
-    case Type::kBFloat16:
-      static_cast<BFloat16Bits*>(factor.data)[at] = narrow<BFloat16Bits>(static_cast<float>(value));
-      break;
-    default:
-      static_cast<Float16Bits*>(factor.data)[at] = narrow<Float16Bits>(static_cast<float>(value));
-  }
-}
-
-// right[j][c] = R[rank0 + j][column0 + c], zeros beyond the edges; along the stride that is one.
-template <int RANK, int STRIDE, typename acc_t>
-__device__ __forceinline__ void stage_right(acc_t (&right)[RANK][STRIDE],
-                                            const Factor<const void>& factor,
-                                            int64_t rank0,
-                                            int64_t rank,
-                                            int64_t column0,
-                                            int64_t columns) {
-  const bool along_columns = factor.column_stride == 1;
-  for (int i = static_cast<int>(threadIdx.x); i < RANK * kTileColumns; i += kThreads) {
-    const int j = along_columns ? i / kTileColumns : i % RANK;
-    const int c = along_columns ? i % kTileColumns : i / RANK;
-    acc_t value = 0;
-    if (rank0 + j < rank && column0 + c < columns) {
-      value = load_factor<acc_t>(
-          factor, (rank0 + j) * factor.row_stride + (column0 + c) * factor.column_stride);
-    }
-    right[j][c] = value;
-  }
-}
-
-// left[i][j] = L[row0 + i][rank0 + j], zeros beyond the edges.
-template <int ROWS, int RANK, typename acc_t>
-__device__ __forceinline__ void stage_left(acc_t (&left)[ROWS][kLeftStride<RANK>],
-                                           const acc_t* from,
-                                           int64_t row0,
-                                           int64_t rows,
-                                           int64_t rank0,
-                                           int64_t rank) {
-  for (int i = static_cast<int>(threadIdx.x); i < ROWS * RANK; i += kThreads) {
-    const int64_t row = row0 + i / RANK, j = rank0 + i % RANK;
-    left[i / RANK][i % RANK] = row < rows && j < rank ? from[row * rank + j] : acc_t(0);
-  }
-}
 
 // Of X Rᵀ a warp takes 16 rows, and of the columns as many as leave work for all eight warps.
 template <typename scalar_t>
@@ -236,6 +63,7 @@ __device__ __forceinline__ void write_hidden(const acc_t (&hidden)[RANK / 8][4],
                                              int64_t rows,
                                              int64_t rank0,
                                              int64_t rank,
+                                             int64_t stride,
                                              acc_t scale,
                                              acc_t* to) {
   using Plan = Projecting<scalar_t>;
@@ -260,7 +88,7 @@ __device__ __forceinline__ void write_hidden(const acc_t (&hidden)[RANK / 8][4],
       for (int slice = 0; slice < Plan::kSlices; ++slice) {
         total += parts[slice * ROWS + row][j];
       }
-      to[(row0 + row) * rank + rank0 + j] = total * scale;
+      to[(row0 + row) * stride + rank0 + j] = total * scale;
     }
   }
 }
@@ -293,14 +121,15 @@ __device__ __forceinline__ void reduce_tile(
   }
 }
 
-// Writes the warp's sixteen columns of S, (rank, columns), which start at column0.
-template <int RANK, typename acc_t>
+// Calls store(rank, column, value) for the warp's sixteen columns of S, (rank, columns), which
+// start at column0.
+template <int RANK, typename acc_t, typename F>
 __device__ __forceinline__ void write_sum(const acc_t (&sum)[RANK / 16][2][4],
                                           int64_t rank0,
                                           int64_t rank,
                                           int64_t column0,
                                           int64_t columns,
-                                          acc_t* to) {
+                                          const F& store) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
   GAUGE_EXT_UNROLL
@@ -312,7 +141,7 @@ __device__ __forceinline__ void write_sum(const acc_t (&sum)[RANK / 16][2][4],
         const int64_t j = rank0 + 16 * m + g + i / 2 * 8;
         const int64_t column = column0 + 16 * warp + 2 * (2 * t + i % 2) + q;
         if (j < rank && column < columns) {
-          to[j * columns + column] = sum[m][q][i];
+          store(j, column, sum[m][q][i]);
         }
       }
     }
