@@ -46,8 +46,8 @@ def lora_gather(
         lora_B: One ``(out, r_i)`` for each adapter, of lora_A's dtype.
         scaling: One s for each adapter.
         index: int64, of the shape of the first batch dimensions of x: ``(batch)`` for x
-            ``(batch, tokens, in)`` gives all tokens of a sample one adapter. -1: none. On the CPU or
-            on x's device; a CUDA graph reads it anew at each replay where it lies on the GPU.
+            ``(batch, tokens, in)`` gives all tokens of a sample one adapter. -1: none. On the CPU
+            or on x's device, where a CUDA graph reads it anew at each replay.
 
     Returns:
         ``(*batch, out)``, of x's dtype.
