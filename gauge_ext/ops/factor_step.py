@@ -12,7 +12,10 @@ from torch import Tensor
 from gauge_ext import _load
 from gauge_ext.ops import factor_reference as reference
 
-_COMPILED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
+_COMPILED_DTYPES = {
+    "cpu": frozenset({torch.float32, torch.float64, torch.bfloat16}),
+    "cuda": frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}),
+}
 
 
 def scaled_gd_step(
@@ -56,7 +59,8 @@ def scaled_gd_step(
 
     Raises:
         RuntimeError: Shapes, dtypes or devices do not fit, or a lora_A has a rank below r. Nothing
-            has been written then.
+            has been written then. On a GPU, which no step waits for, the rank is found out there:
+            such a step writes nothing, and the next one on that GPU raises.
     """
     if _compiled(lora_A):
         torch.ops.gauge_ext.scaled_gd_step(
@@ -168,7 +172,8 @@ def factor_gradient_norm(
     :func:`scaled_gd_step` for the arguments.
 
     Returns:
-        ``()`` in float64.
+        ``()`` in float64, on the factors' device; on a GPU NaN where the CPU would raise for a rank
+        below r.
 
     Raises:
         RuntimeError: As :func:`scaled_gd_step`.
@@ -194,9 +199,11 @@ def _compiled(factors: Sequence[Tensor]) -> bool:
     if not factors:
         return False
     first = factors[0]
-    if not _load.load().compiled:
+    build = _load.load()
+    if not build.compiled:
         return False  # load() has said so
-    if first.is_cpu and first.dtype in _COMPILED_DTYPES:
+    has_kernels = not first.is_cuda or build.cuda
+    if has_kernels and first.dtype in _COMPILED_DTYPES.get(first.device.type, ()):
         return True
     if not first.is_meta:
         _say_plain(first.device.type, str(first.dtype))

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "math/factor_step.h"
 #include "ops/cpu/low_rank.h"
 
 namespace gauge_ext {
@@ -34,18 +35,6 @@ struct FactorLayer {
   int64_t rank;
   double scaling;
   bool anchor_B;  // A may start at zero, and not B
-};
-
-struct FactorStep {
-  double lr;
-  double keep;         // √(1 - lr · weight_decay): what is left of each factor
-  double grad_scale;   // gradients count times this
-  double average;      // β₁ of Adam, or the momentum
-  double second;       // β₂ of Adam
-  double eps;          // of Adam
-  double correction1;  // 1 - β₁ᵗ
-  double correction2;  // 1 - β₂ᵗ
-  bool nesterov;
 };
 
 template <typename scalar_t>

@@ -239,49 +239,13 @@ bool whiten(const FactorLayer<scalar_t>& layer, double damping, double* e_a, dou
 
 // --- The passes over the factors --------------------------------------------------------------
 
-// What one side's pass does with its piece of gradients; kAdam keeps numbers of rows or columns.
-enum class Rule { kScaledGd, kGaugeAdam };
-
-template <typename acc_t>
-struct Coefficients {
-  acc_t average;     // of the old average
-  acc_t gradient;    // of the gradient in the new average
-  acc_t look_ahead;  // of the gradient beside the average; ScaledGD only
-  acc_t scale;       // of gradients, where there is no average
-  acc_t second;
-  acc_t fresh;  // of the squared norm in the new second moment
-  acc_t eps;
-  acc_t correction1;
-  acc_t correction2;
-  acc_t keep;
-  acc_t lr;
-
-  // `units` takes a stored gradient to that of the effective factor, `rate` its step back.
-  Coefficients(const FactorStep& step, Rule rule, int64_t rank, double units, double rate) {
-    const double scaled = step.grad_scale * units;
-    average = static_cast<acc_t>(step.average);
-    gradient = static_cast<acc_t>(rule == Rule::kGaugeAdam ? (1 - step.average) * scaled : scaled);
-    look_ahead = static_cast<acc_t>(step.nesterov ? scaled : 0);
-    scale = static_cast<acc_t>(scaled);
-    second = static_cast<acc_t>(step.second);
-    fresh = static_cast<acc_t>((1 - step.second) / static_cast<double>(rank));
-    eps = static_cast<acc_t>(step.eps);
-    correction1 = static_cast<acc_t>(step.correction1);
-    correction2 = static_cast<acc_t>(step.correction2);
-    keep = static_cast<acc_t>(step.keep);
-    lr = static_cast<acc_t>(step.lr * rate);
-  }
-
-  // The factor of a row's or column's step, from the squared norm of its whitened gradient
-  acc_t rate(acc_t norm, acc_t* moment) const {
-    *moment = second * *moment + fresh * norm;
-    return lr / (correction1 * (square_root(*moment / correction2) + eps));
-  }
-};
-
 // q ← average · q + gradient · g, and what is to be whitened: q, or g beside it with look-ahead
 template <typename scalar_t, typename acc_t>
-void blend(const scalar_t* g, acc_t* q, int64_t count, const Coefficients<acc_t>& c, acc_t* to) {
+void blend(const scalar_t* g,
+           acc_t* q,
+           int64_t count,
+           const StepCoefficients<acc_t>& c,
+           acc_t* to) {
   if (q == nullptr) {
     for (int64_t i = 0; i < count; ++i) {
       to[i] = c.scale * to_acc(g[i]);
@@ -300,10 +264,10 @@ void blend(const scalar_t* g, acc_t* q, int64_t count, const Coefficients<acc_t>
   }
 }
 
-template <Rule RULE, typename scalar_t, typename acc_t = typename AccOf<scalar_t>::type>
+template <StepRule RULE, typename scalar_t, typename acc_t = typename AccOf<scalar_t>::type>
 void descend_rows(const FactorLayer<scalar_t>& layer,
                   const Factor<acc_t>& e,
-                  const Coefficients<acc_t>& c) {
+                  const StepCoefficients<acc_t>& c) {
   const int64_t r = layer.rank;
   const int64_t size = piece_size<acc_t>(r);
   static thread_local Scratch<acc_t> scratch;
@@ -313,7 +277,7 @@ void descend_rows(const FactorLayer<scalar_t>& layer,
   acc_t* rates = step + size * e.stride;
   for_each_piece(layer.rows, size, [&](int64_t first, int64_t count) {
     const scalar_t* g = layer.grad_B + first * r;
-    if constexpr (RULE == Rule::kGaugeAdam) {
+    if constexpr (RULE == StepRule::kGaugeAdam) {
       for (int64_t i = 0; i < count * r; ++i) {
         source[i] = c.scale * to_acc(g[i]);
       }
@@ -331,7 +295,7 @@ void descend_rows(const FactorLayer<scalar_t>& layer,
     right_product(whitened, e.stride, count, e.transposed, r, e.stride, Triangle::kLower, step);
     for (int64_t i = 0; i < count; ++i) {
       scalar_t* b = layer.lora_B + (first + i) * r;
-      const acc_t rate = RULE == Rule::kGaugeAdam ? rates[i] : c.lr;
+      const acc_t rate = RULE == StepRule::kGaugeAdam ? rates[i] : c.lr;
       for (int64_t j = 0; j < r; ++j) {
         b[j] = from_acc<scalar_t>(c.keep * to_acc(b[j]) - rate * step[i * e.stride + j]);
       }
@@ -339,10 +303,10 @@ void descend_rows(const FactorLayer<scalar_t>& layer,
   });
 }
 
-template <Rule RULE, typename scalar_t, typename acc_t = typename AccOf<scalar_t>::type>
+template <StepRule RULE, typename scalar_t, typename acc_t = typename AccOf<scalar_t>::type>
 void descend_columns(const FactorLayer<scalar_t>& layer,
                      const Factor<acc_t>& e,
-                     const Coefficients<acc_t>& c) {
+                     const StepCoefficients<acc_t>& c) {
   constexpr int64_t kUnit = kTriangleVectors * kWidth<acc_t>;
   const int64_t r = layer.rank, n = layer.columns;
   const int64_t size = piece_size<acc_t>(r);
@@ -359,7 +323,7 @@ void descend_columns(const FactorLayer<scalar_t>& layer,
         source[k * width + i] = 0;
       }
     }
-    if constexpr (RULE == Rule::kGaugeAdam) {
+    if constexpr (RULE == StepRule::kGaugeAdam) {
       for (int64_t k = 0; k < r; ++k) {
         const scalar_t* g = layer.grad_A + k * n + first;
         for (int64_t i = 0; i < count; ++i) {
@@ -389,14 +353,14 @@ void descend_columns(const FactorLayer<scalar_t>& layer,
     for (int64_t k = 0; k < r; ++k) {
       scalar_t* a = layer.lora_A + k * n + first;
       for (int64_t i = 0; i < count; ++i) {
-        const acc_t rate = RULE == Rule::kGaugeAdam ? rates[i] : c.lr;
+        const acc_t rate = RULE == StepRule::kGaugeAdam ? rates[i] : c.lr;
         a[i] = from_acc<scalar_t>(c.keep * to_acc(a[i]) - rate * step[k * width + i]);
       }
     }
   });
 }
 
-template <Rule RULE, typename scalar_t>
+template <StepRule RULE, typename scalar_t>
 void descend(const FactorLayer<scalar_t>& layer,
              const double* e_a,
              const double* e_m,
@@ -407,8 +371,8 @@ void descend(const FactorLayer<scalar_t>& layer,
   const Factor<acc_t> of_b(e_a, layer.rank, memory);
   const Factor<acc_t> of_a(e_m, layer.rank, memory + Factor<acc_t>::size(layer.rank));
   const double back = 1.0 / layer.scaling;
-  descend_rows<RULE>(layer, of_b, Coefficients<acc_t>(step, RULE, layer.rank, back, back));
-  descend_columns<RULE>(layer, of_a, Coefficients<acc_t>(step, RULE, layer.rank, 1.0, 1.0));
+  descend_rows<RULE>(layer, of_b, StepCoefficients<acc_t>(step, RULE, layer.rank, back, back));
+  descend_columns<RULE>(layer, of_a, StepCoefficients<acc_t>(step, RULE, layer.rank, 1.0, 1.0));
 }
 
 template <typename scalar_t>
@@ -428,8 +392,8 @@ double gradient_norm(const FactorLayer<scalar_t>& layer, const double* e_a, cons
 
 template <typename scalar_t>
 constexpr FactorStepKernels<scalar_t> table() {
-  return {&whiten<scalar_t>, &gradient_norm<scalar_t>, &descend<Rule::kScaledGd, scalar_t>,
-          &descend<Rule::kGaugeAdam, scalar_t>};
+  return {&whiten<scalar_t>, &gradient_norm<scalar_t>, &descend<StepRule::kScaledGd, scalar_t>,
+          &descend<StepRule::kGaugeAdam, scalar_t>};
 }
 
 }  // namespace

@@ -5,18 +5,13 @@
 
 #include <cstdint>
 
+#include "math/factor_step.h"
+
 namespace gauge_ext {
 namespace {
 
 // A pivot below this part of its diagonal entry is lost in the rounding of a Gram matrix.
 constexpr double kPivotTolerance = 1e-14;
-
-inline double square_root(double x) {
-  return __builtin_sqrt(x);
-}
-inline float square_root(float x) {
-  return __builtin_sqrtf(x);
-}
 
 // Replaces the upper triangle of the symmetric S by R, S = Rᵀ R, and the rest by zeros. Pivots that
 // are too small are raised to the tolerance; returns whether there were none, NaN among them.

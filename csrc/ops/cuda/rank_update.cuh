@@ -3,8 +3,8 @@
 // A block updates kRows x 128 entries of a weight; a thread eight packs of one row, 16 columns
 // apart: the places that one counter of the random generator serves.
 
+#include "ops/cuda/block_sum.cuh"
 #include "ops/cuda/rank_update.h"
-#include "ops/cuda/stage.cuh"
 
 namespace gauge_ext::cuda {
 namespace {
@@ -17,27 +17,6 @@ __device__ __forceinline__ float fused(float a, float b, float c) {
 }
 __device__ __forceinline__ double fused(double a, double b, double c) {
   return fma(a, b, c);
-}
-
-// Adds up `values` of all threads, in an order that depends on nothing; the first thread has it.
-template <int COUNT>
-__device__ __forceinline__ void sum_of_block(double (&values)[COUNT]) {
-  __shared__ double parts[COUNT][kThreads];
-  for (int i = 0; i < COUNT; ++i) {
-    parts[i][threadIdx.x] = values[i];
-  }
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < half) {
-      for (int i = 0; i < COUNT; ++i) {
-        parts[i][threadIdx.x] += parts[i][threadIdx.x + half];
-      }
-    }
-  }
-  __syncthreads();
-  for (int i = 0; i < COUNT; ++i) {
-    values[i] = parts[i][0];
-  }
 }
 
 template <bool STOCHASTIC, bool FIDELITY, typename scalar_t>
