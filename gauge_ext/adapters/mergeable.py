@@ -1,0 +1,165 @@
+"""The adapter in the weight and out of it again, and what else must know that it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from gauge_ext import ops
+from gauge_ext.adapters import dora
+from gauge_ext.adapters.merging import accumulation_dtype, add_product, add_update
+from gauge_ext.adapters.parts import AdapterParts
+from gauge_ext.errors import AdapterStateError
+
+
+class MergeableLayer(AdapterParts):
+    """A layer whose weight can take the update in and give the former weight back."""
+
+    @torch.no_grad()
+    def merged_weight(self, *, safe: bool = True) -> Tensor:
+        """Return ``W + scaling * lora_B @ lora_A`` in W's dtype, rounded to it once.
+
+        Of a DoRA its rows are scaled to the magnitude, before the rounding.
+
+        Args:
+            safe: Refuse NaN and infinity.
+
+        Raises:
+            NonFiniteError: The base, a factor or the sum holds NaN or infinity.
+            AdapterStateError: The layer is merged already.
+        """
+        return self.merged_parameters(safe=safe)[self.weight_name]
+
+    @torch.no_grad()
+    def merged_parameters(self, *, safe: bool = True) -> dict[str, Tensor]:
+        """Return every parameter of the base that a merge changes, by name: see merged_weight().
+
+        Args:
+            safe: Refuse NaN and infinity.
+
+        Raises:
+            NonFiniteError: See :meth:`merged_weight`.
+            AdapterStateError: The layer is merged already.
+        """
+        if self.merged:
+            raise AdapterStateError("the layer is merged already.", hint="Call unmerge() first.")
+        parts = {self.weight_name: self.base_weight, **self.adapter_parameters()}
+        magnitude = self.lora_magnitude if self.has_magnitude else None
+
+        def finish(total: Tensor) -> Tensor:
+            return total if magnitude is None else dora.rescale(total, magnitude, self.output_axis)
+
+        weight, (a, b, scaling) = self.mergeable_weight(), self.summed_factors()
+        if magnitude is None and ops.merges_in_one_pass(weight, a, b):
+            flip = self.output_axis == 1
+            new = add_product(weight, a, b, scaling, parts, transposed=flip, safe=safe)
+        else:
+            new = add_update(weight, self.delta_weight(), parts, safe=safe, finish=finish)
+        merged = {self.weight_name: new}
+        if (shift := self.branch_bias) is not None:
+            wide = accumulation_dtype(shift.dtype, weight.dtype)
+            update = shift.to(wide) * self.scaling
+            if magnitude is not None:
+                update *= self.gain()
+            bias = getattr(self, "bias", None)
+            bias = torch.zeros_like(update, dtype=weight.dtype) if bias is None else bias
+            merged["bias"] = add_update(bias, update, {"bias": bias, "lora_bias": shift}, safe=safe)
+        return merged
+
+    def merge(self, *, safe: bool = True, keep_base: bool = True) -> None:
+        """Put the update into the weight, as a new Parameter.
+
+        The old Parameter is never written to: tied weights and whoever else holds it stay as they
+        are, and :meth:`unmerge` gives back the very same object, bit for bit.
+
+        Args:
+            safe: Refuse NaN and infinity, with nothing changed.
+            keep_base: Keep the old Parameter for :meth:`unmerge`, at the price of its memory.
+
+        Raises:
+            NonFiniteError: See :meth:`merged_weight`.
+            AdapterStateError: The layer is merged already.
+        """
+        self.adopt_merged(self.merged_parameters(safe=safe), keep_base=keep_base)
+
+    def adopt_merged(self, merged: Mapping[str, Tensor], *, keep_base: bool) -> None:
+        """Make ``merged``, a result of :meth:`merged_parameters`, the layer's own."""
+        kept: dict[str, nn.Parameter | None] = {}
+        for name, value in merged.items():
+            base = kept[name] = cast("nn.Parameter | None", getattr(self.owner, name))
+            trained = base is not None and base.requires_grad
+            setattr(self.owner, name, nn.Parameter(value, requires_grad=trained))
+        self._kept = kept if keep_base else {}
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Put the base's own Parameters back.
+
+        Raises:
+            AdapterStateError: The layer is not merged, or its base was not kept.
+        """
+        if not self.can_unmerge:
+            state = "was merged with keep_base=False" if self.merged else "is not merged"
+            raise AdapterStateError(f"the layer {state}, so it cannot be unmerged.")
+        for name, base in self._kept.items():
+            setattr(self.owner, name, base)
+        self._kept = {}
+        self.merged = False
+
+    @property
+    def can_unmerge(self) -> bool:
+        """Whether the layer is merged and its base was kept."""
+        return self.merged and bool(self._kept)
+
+    @property
+    def kept_parameters(self) -> Mapping[str, nn.Parameter]:
+        """The base's own Parameters while merged, by name; empty if they were not kept."""
+        return {name: base for name, base in self._kept.items() if base is not None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Module.to() and its kin know of registered parameters only; the kept base moves along.
+        for name, base in self.kept_parameters.items():
+            with torch.no_grad():
+                moved = fn(base)
+            if moved.is_meta == base.is_meta:
+                base.data = moved
+            else:
+                self._kept[name] = nn.Parameter(moved, requires_grad=base.requires_grad)
+        return self
+
+    # A state dict says in its metadata when a weight in it is a merged one, because loading that
+    # into an adapted layer would count the update twice, without a word.
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if self.merged and metadata is not None:
+            metadata[prefix[:-1]]["merged"] = True
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if any(prefix + name in state_dict for name in self._parameters):
+            which = "the layer" if self.merged else "the state dict"
+            if self.merged or local_metadata.get("merged", False):
+                error_msgs.append(
+                    f"{which} at {prefix[:-1]!r} holds a merged weight; call gauge_ext.unmerge() "
+                    "first, or the update would be lost or counted twice."
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
