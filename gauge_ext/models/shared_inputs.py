@@ -12,20 +12,27 @@ from gauge_ext.adapters import LoRALinear
 from gauge_ext.adapters.shared_input import SharedInput
 from gauge_ext.errors import AdapterStateError, ConfigError
 from gauge_ext.models.attach import lora_layers, unwrap
+from gauge_ext.models.families import sibling_groups
 
 
 def group_shared_inputs(
-    model: nn.Module, sample_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]
+    model: nn.Module,
+    sample_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
 ) -> tuple[tuple[str, ...], ...]:
     """Compute adapted layers together that read the very same tensor: q, k and v, gate and up.
 
-    The model is called once on the sample, in evaluation and without gradients. Plain
+    With a sample the model is called once on it, in evaluation and without gradients. Plain
     :class:`~gauge_ext.LoRALinear` layers with the same parent and the same dropout that were
-    called once, with the same tensor object, become a group. From then on the first of a group that
-    is called computes all (:func:`gauge_ext.ops.lora_linear_group`): x is kept once, and its
+    called once, with the same tensor object, become a group. Without a sample the names say it, in
+    models that call these layers as Llama, Qwen, Mistral, Gemma, Phi, BERT, ViT, T5, BART, Whisper
+    and diffusers do (``q_proj, k_proj, v_proj``; ``gate_proj, up_proj``; ``query, key, value``; of
+    cross-attention key and value). From then on the first of a group that is called computes all
+    (:func:`gauge_ext.ops.lora_linear_group`): x is kept once, and its
     gradient is made once instead of being made by each layer and added up. Outputs and gradients
     are equal to the former ones up to rounding, dropout masks included, as long as nothing else
-    draws random numbers between the layers of a group.
+    draws random numbers between the layers of a group and, where names decide, the model calls them
+    in the order of the names. That a layer gets another tensor after all is noticed: it then
+    computes its own output, and a warning tells of the work that was in vain.
 
     A group's layers run one by one while the model is compiled, exported or traced, in inference
     mode, while one is merged or has a forward pre-hook, and when several adapters are there. Copies
@@ -35,10 +42,11 @@ def group_shared_inputs(
     Args:
         model: A model with adapters, as it is trained.
         sample_inputs: What the model is called with: a tensor, a tuple of positional arguments, or
-            a mapping of keyword arguments.
+            a mapping of keyword arguments; None: the model is not called, and names decide.
 
     Returns:
-        The paths of the layers of each group, in the order of their calls. Former groups are gone.
+        The paths of the layers of each group, in the order of their calls; none where the names
+        are of no family that is known. Former groups are gone.
 
     Raises:
         AdapterStateError: The model has no adapters.
@@ -52,24 +60,17 @@ def group_shared_inputs(
             "the model has no adapters, so there is nothing to group.",
             hint="Call gauge_ext.attach() or gauge_ext.load_adapter() first.",
         )
-    if not isinstance(sample_inputs, Tensor | tuple | Mapping):
+    if not isinstance(sample_inputs, Tensor | tuple | Mapping | None):
         raise ConfigError(
-            "sample_inputs must be a tensor, a tuple of arguments or a mapping of keyword "
-            f"arguments, got a {type(sample_inputs).__name__}."
+            "sample_inputs must be a tensor, a tuple of arguments, a mapping of keyword "
+            f"arguments or None, got a {type(sample_inputs).__name__}."
         )
     ungroup(inner)
     plain = {path: layer for path, layer in layers.items() if type(layer) is LoRALinear}
-    read = _inputs_read(inner, plain, sample_inputs)
-    if not read:
-        raise ConfigError(
-            "the model calls none of its plain adapted nn.Linear layers with sample_inputs."
-        )
-    found: dict[tuple[str, int, float], list[str]] = {}
-    for path, xs in read.items():
-        if len(xs) == 1 and plain[path].is_plain:
-            key = (path.rpartition(".")[0], id(xs[0]), plain[path].dropout_p)
-            found.setdefault(key, []).append(path)
-    groups = tuple(tuple(paths) for paths in found.values() if len(paths) > 1)
+    if sample_inputs is None:
+        groups = _named_groups(plain)
+    else:
+        groups = _watched_groups(inner, plain, sample_inputs)
     for paths in groups:
         group = SharedInput([plain[path] for path in paths], paths)
         for path in paths:
@@ -82,6 +83,37 @@ def ungroup(model: nn.Module) -> None:
     for layer in lora_layers(model).values():
         if isinstance(layer, LoRALinear):
             layer.shared_input = None
+
+
+def _watched_groups(
+    model: nn.Module,
+    layers: Mapping[str, LoRALinear],
+    sample: Tensor | tuple[Any, ...] | Mapping[str, Any],
+) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of layers that were called with one tensor."""
+    read = _inputs_read(model, layers, sample)
+    if not read:
+        raise ConfigError(
+            "the model calls none of its plain adapted nn.Linear layers with sample_inputs."
+        )
+    found: dict[tuple[str, int, float], list[str]] = {}
+    for path, xs in read.items():
+        if len(xs) == 1 and layers[path].is_plain:
+            key = (path.rpartition(".")[0], id(xs[0]), layers[path].dropout_p)
+            found.setdefault(key, []).append(path)
+    return tuple(tuple(paths) for paths in found.values() if len(paths) > 1)
+
+
+def _named_groups(layers: Mapping[str, LoRALinear]) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of layers that read one tensor by their names, alike in what must be."""
+    groups = []
+    for siblings in sibling_groups(path for path, layer in layers.items() if layer.is_plain):
+        found: dict[tuple[int, float], list[str]] = {}
+        for path in siblings:
+            layer = layers[path]
+            found.setdefault((layer.in_features, layer.dropout_p), []).append(path)
+        groups += [tuple(paths) for paths in found.values() if len(paths) > 1]
+    return tuple(groups)
 
 
 def _inputs_read(

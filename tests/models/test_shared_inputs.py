@@ -297,7 +297,7 @@ def test_layers_with_different_inputs_parents_or_dropout_stay_apart() -> None:
 def test_errors_say_what_was_expected() -> None:
     with pytest.raises(AdapterStateError, match="no adapters"):
         group_shared_inputs(Pair(), X)
-    with pytest.raises(ConfigError, match="sample_inputs must be a tensor, .* got a list"):
+    with pytest.raises(ConfigError, match="sample_inputs must be a tensor, .* or None, got a list"):
         group_shared_inputs(pair(), [X])
 
     class Idle(Pair):
