@@ -4,19 +4,21 @@ Every call is timed by CUDA events, the competitors in turn, each call on anothe
 that together exceed the L2 cache. What is printed is the median of the ratios within a round.
 
     python benchmarks/bench_cuda.py [--dtype bfloat16] [--rank 16] [--dropout 0.1] [--rounds 50]
+    python benchmarks/bench_cuda.py --device cpu --rounds 2     tries it out, on small layers
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import statistics
 from collections.abc import Callable
 from typing import Annotated
 
 import peft
 import torch
 import typer
+from device_timing import copies, in_turn, name, why_not
+from measure import Timing
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -37,8 +39,7 @@ SHAPES = [
     (1, 4096, 4096),
 ]
 
-# More than the L2 cache of any GPU so far
-ROTATED_BYTES = 256 * 2**20
+SMALL_SHAPES = [(64, 96, 80), (1, 96, 96)]
 
 
 def layers(rank: int, dropout: float, base: nn.Linear) -> dict[str, nn.Module]:
@@ -51,12 +52,14 @@ def layers(rank: int, dropout: float, base: nn.Linear) -> dict[str, nn.Module]:
     peft.inject_adapter_in_model(config, theirs)
     for module in (ours, theirs):
         module.to(base.weight.device)
-        for name, parameter in module.named_parameters():
-            if "lora_" in name:
+        for path, parameter in module.named_parameters():
+            if "lora_" in path:
                 parameter.data = parameter.data.to(base.weight.dtype).normal_(std=0.02)
-    compiled = copy.deepcopy(theirs)
-    compiled.compile()
-    return {BASE: base, OURS: ours, PEFT: theirs, COMPILED: compiled}
+    found = {BASE: base, OURS: ours, PEFT: theirs}
+    if base.weight.is_cuda:  # on the CPU it would take minutes to tell nothing
+        found[COMPILED] = copy.deepcopy(theirs)
+        found[COMPILED].compile()
+    return found
 
 
 def stepper(module: nn.Module, inputs: list[Tensor], grad: Tensor) -> Callable[[], object]:
@@ -71,40 +74,23 @@ def stepper(module: nn.Module, inputs: list[Tensor], grad: Tensor) -> Callable[[
     return step
 
 
-def timed(function: Callable[[], object]) -> float:
-    """Return the milliseconds between two events around one call."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
 def measure(
-    shape: tuple[int, int, int], rank: int, dropout: float, dtype: torch.dtype, rounds: int
-) -> tuple[float, dict[str, float]]:
-    """Return the base's milliseconds and the ratio of each competitor."""
+    shape: tuple[int, int, int],
+    device: torch.device,
+    rank: int,
+    dropout: float,
+    dtype: torch.dtype,
+    rounds: int,
+) -> dict[str, Timing]:
+    """Time forward and backward of each competitor."""
     rows, width, out = shape
-    base = nn.Linear(width, out, device="cuda", dtype=dtype).requires_grad_(False)
-    copies = max(2, -(-ROTATED_BYTES // (rows * width * dtype.itemsize)))
-    x = torch.randn(min(copies, 64), rows, width, device="cuda", dtype=dtype)
+    base = nn.Linear(width, out, device=device, dtype=dtype).requires_grad_(False)
+    count = copies(rows * width * dtype.itemsize, device)
+    x = torch.randn(count, rows, width, device=device, dtype=dtype)
     inputs = [row.requires_grad_() for row in x.unbind()]
-    grad = torch.randn(rows, out, device="cuda", dtype=dtype)
+    grad = torch.randn(rows, out, device=device, dtype=dtype)
     steps = {n: stepper(m, inputs, grad) for n, m in layers(rank, dropout, base).items()}
-    for step in steps.values():
-        for _ in range(5):
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(timed(steps[name]))
-    ratios = {
-        name: statistics.median(t / b for t, b in zip(times, seconds[BASE], strict=True))
-        for name, times in seconds.items()
-    }
-    return statistics.median(seconds[BASE]), ratios
+    return in_turn(device, steps, BASE, rounds)
 
 
 def main(
@@ -112,24 +98,27 @@ def main(
     rank: int = 16,
     dropout: float = 0.1,
     rounds: int = 50,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try it out")] = "cuda",
 ) -> None:
     """Print the table."""
     console = Console()
-    if not torch.cuda.is_available():
-        console.print("There is no GPU here; bench_lora_linear.py measures the CPU.")
+    where = torch.device(device)
+    if reason := why_not(where, _load.load().cuda):
+        console.print(reason)
         raise typer.Exit(2)
-    if not _load.load().cuda:
-        console.print("This build has no CUDA kernels: GAUGE_EXT_CUDA=1 pip install says why.")
-        raise typer.Exit(2)
-    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    title = f"{device}, {dtype}, rank {rank}, dropout {dropout}: forward and backward"
+    shapes = SMALL_SHAPES if where.type == "cpu" else SHAPES
+    title = f"{name(where)}, {dtype}, rank {rank}, dropout {dropout}: forward and backward"
     table = Table(title=title, title_justify="left")
     for column in ("N x in -> out", "base ms", OURS, PEFT, COMPILED):
         table.add_column(column, justify="right")
-    for shape in SHAPES:
-        base, ratios = measure(shape, rank, dropout, getattr(torch, dtype), rounds)
-        cells = [f"{ratios[name]:.3f}" for name in (OURS, PEFT, COMPILED)]
-        table.add_row(f"{shape[0]} x {shape[1]} -> {shape[2]}", f"{base:.3f}", *cells)
+    for shape in shapes:
+        timings = measure(shape, where, rank, dropout, getattr(torch, dtype), rounds)
+        cells = [
+            f"{timings[which].ratio:.3f}" if which in timings else "-"
+            for which in (OURS, PEFT, COMPILED)
+        ]
+        millis = f"{1e3 * timings[BASE].median:.3f}"
+        table.add_row(f"{shape[0]} x {shape[1]} -> {shape[2]}", millis, *cells)
     console.print(table)
 
 

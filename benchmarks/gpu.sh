@@ -30,10 +30,17 @@ if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck synccheck; do
     run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
       "$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" \
-      "$root/tests/ops/test_devices.py" -k "cuda and values and (64 or 130)"
+      "$root/tests/ops/test_devices.py" "$root/tests/ops/test_device_ops.py" \
+      -k "cuda and values and (64 or 130 or group or gather or merge or step or norm)"
   done
 fi
-run bench_cuda "$python" "$root/benchmarks/bench_cuda.py"
+for dtype in bfloat16 float32; do
+  for dropout in 0 0.1; do
+    run "bench_${dtype}_$dropout" "$python" "$root/benchmarks/bench_cuda.py" --dtype "$dtype" \
+      --dropout "$dropout"
+  done
+done
+run bench_ops "$python" "$root/benchmarks/bench_cuda_ops.py"
 
 if [ ${#failed[@]} -gt 0 ]; then echo "failed: ${failed[*]}"; exit 1; fi
 echo "all passed; the results are in $out"

@@ -4,35 +4,14 @@
 // and anywhere in X; sums over rows are taken by one block from first to last.
 
 #include <algorithm>
-#include <cassert>
 
 #include "ops/cuda/expand.cuh"
 #include "ops/cuda/gather.h"
+#include "ops/cuda/gather_plan.cuh"
 #include "ops/cuda/skinny.cuh"
 
 namespace gauge_ext::cuda {
 namespace {
-
-// The rows of one adapter: `count` of them from `first` on in the plan's order
-struct Segment {
-  int64_t first, count, rows_each;
-  const int64_t* order;
-
-  __device__ __forceinline__ Segment(const GatherRows& plan, int64_t adapter)  // -1: none
-      : first(plan.starts[adapter + 1] * plan.rows_each),
-        count(plan.starts[adapter + 2] * plan.rows_each - first),
-        rows_each(plan.rows_each),
-        order(plan.order) {}
-
-  // Where the i-th row of the segment lies in X
-  __device__ __forceinline__ int64_t row(int64_t i) const {
-    const int64_t at = first + i;
-    return order[at / rows_each] * rows_each + at % rows_each;
-  }
-  __device__ __forceinline__ int64_t row_or_none(int64_t i) const {
-    return i < count ? row(i) : int64_t(-1);
-  }
-};
 
 // A as (rank, in), or B's transpose as (rank, out)
 __device__ __forceinline__ Factor<const void> right_of(const GatherAdapter& adapter,
@@ -148,66 +127,6 @@ __global__ void __launch_bounds__(kThreads)
     p.right = right_of(adapter, type, side, p.y.columns);
   }
   expand_block(p, segment.count, max_rank, [&](int64_t i) { return segment.row(i); });
-}
-
-// A block for each adapter and one for none counts the entries before its own and finds its own, of
-// which each thread has a run of neighbours.
-__global__ void __launch_bounds__(kThreads) plan_kernel(const int64_t* index,
-                                                        int64_t entries,
-                                                        int64_t adapters,
-                                                        int64_t* starts,
-                                                        int64_t* order) {
-  __shared__ int64_t before[kThreads], own[kThreads];
-  const int64_t wanted = static_cast<int64_t>(blockIdx.x) - 1;
-  const int64_t each = ceil_div(entries, kThreads);
-  const int64_t begin = threadIdx.x * each;
-  const int64_t end = begin + each < entries ? begin + each : entries;
-  int64_t less = 0, equal = 0;
-  bool known = true;
-  GAUGE_EXT_NO_UNROLL
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t value = index[i];
-    known = known && value >= -1 && value < adapters;
-    less += value < wanted ? 1 : 0;
-    equal += value == wanted ? 1 : 0;
-  }
-  assert(known && "index must be in [-1, number of adapters)");
-  before[threadIdx.x] = less;
-  own[threadIdx.x] = equal;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int64_t start = 0;
-    for (int i = 0; i < kThreads; ++i) {
-      start += before[i];
-    }
-    starts[blockIdx.x] = start;
-    for (int i = 0; i < kThreads; ++i) {
-      before[i] = start;
-      start += own[i];
-    }
-    if (wanted == adapters - 1) {
-      starts[adapters + 1] = start;
-    }
-  }
-  __syncthreads();
-  int64_t at = before[threadIdx.x];
-  GAUGE_EXT_NO_UNROLL
-  for (int64_t i = begin; i < end; ++i) {
-    if (index[i] == wanted) {
-      order[at++] = i;
-    }
-  }
-}
-
-inline void launch_plan(const int64_t* index,
-                        int64_t entries,
-                        int64_t adapters,
-                        int64_t* starts,
-                        int64_t* order,
-                        Stream stream) {
-  const auto kernel = &plan_kernel;
-  GAUGE_EXT_LAUNCH(kernel, dim3(static_cast<unsigned>(adapters + 1)), kThreads, stream, index,
-                   entries, adapters, starts, order);
 }
 
 template <typename scalar_t>
