@@ -34,7 +34,7 @@ from gauge_ext.optim import create_optimizer, factor_pairs
 CONTEXT, WIDTH, BATCH, RANK = 64, 96, 16, 8
 GRIDS: dict[str, tuple[float, ...]] = {
     "adamw": (1e-3, 3e-3, 1e-2, 3e-2),
-    "lora_plus": (1e-4, 3e-4, 1e-3, 3e-3),
+    "lora_plus": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "gauge_adam": (1e-3, 3e-3, 1e-2, 3e-2),
     "lora_rite": (1e-3, 3e-3, 1e-2, 3e-2),
     "scaled_gd": (0.3, 1.0, 3.0, 10.0),
