@@ -37,7 +37,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "lora_plus": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "gauge_adam": (1e-3, 3e-3, 1e-2, 3e-2),
     "lora_rite": (1e-3, 3e-3, 1e-2, 3e-2),
-    "scaled_gd": (0.3, 1.0, 3.0, 10.0),
+    "scaled_gd": (0.03, 0.1, 0.3, 1.0, 3.0),
 }
 GAUGES = ("as drawn", "A x 10", "A x 0.1", "condition 100")
 

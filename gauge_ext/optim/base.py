@@ -45,8 +45,9 @@ class Layers:
                 grad = factor.grad
                 if grad is None:
                     grad = torch.zeros_like(factor)
-                value, grad = whole(factor.detach()), whole(grad)
+                value = factor
                 if is_sharded(factor):
+                    value, grad = whole(factor), whole(grad)
                     self._gathered.append((factor, value))
                 if value.ndim == 2 and value.is_contiguous() and grad.is_contiguous():
                     values.append(value)

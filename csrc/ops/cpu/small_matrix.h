@@ -13,34 +13,51 @@ namespace {
 // A pivot below this part of its diagonal entry is lost in the rounding of a Gram matrix.
 constexpr double kPivotTolerance = 1e-14;
 
+// y -= f_0 x_0 + ... + f_3 x_3 from entry `from` on, for four rows x that follow one another
+inline void subtract_four(double* y, const double* f, const double* x, int64_t r, int64_t from) {
+  const double *x1 = x + r, *x2 = x1 + r, *x3 = x2 + r;
+  for (int64_t k = from; k < r; ++k) {
+    y[k] -= f[0] * x[k] + f[1] * x1[k] + f[2] * x2[k] + f[3] * x3[k];
+  }
+}
+
 // Replaces the upper triangle of the symmetric S by R, S = Rᵀ R, and the rest by zeros. Pivots that
-// are too small are raised to the tolerance; returns whether there were none, NaN among them.
+// are too small are raised to the tolerance; returns whether there were none, NaN among them. Four
+// rows are finished before those below them change, which then are read and written once for four.
 inline bool cholesky_upper(double* s, int64_t r) {
   bool full = true;
-  for (int64_t j = 0; j < r; ++j) {
-    double* row = s + j * r;
-    // The diagonal entry as it was: what was taken off is the sum of squares above it.
-    double taken = 0;
-    for (int64_t k = 0; k < j; ++k) {
-      taken += s[k * r + j] * s[k * r + j];
-    }
-    const double least = kPivotTolerance * (row[j] + taken);
-    if (!(row[j] > least)) {
-      full = false;
-      row[j] = least > 0 ? least : 1.0;
-    }
-    const double pivot = square_root(row[j]);
-    const double inverse = 1.0 / pivot;
-    row[j] = pivot;
-    for (int64_t k = j + 1; k < r; ++k) {
-      row[k] *= inverse;
-    }
-    for (int64_t i = j + 1; i < r; ++i) {
-      double* below = s + i * r;
-      const double factor = row[i];
-      for (int64_t k = i; k < r; ++k) {
-        below[k] -= factor * row[k];
+  for (int64_t first = 0; first < r; first += 4) {
+    const int64_t end = first + 4 < r ? first + 4 : r;
+    for (int64_t j = first; j < end; ++j) {
+      double* row = s + j * r;
+      // The diagonal entry as it was: what was taken off is the sum of squares above it.
+      double taken = 0;
+      for (int64_t k = 0; k < j; ++k) {
+        taken += s[k * r + j] * s[k * r + j];
       }
+      const double least = kPivotTolerance * (row[j] + taken);
+      if (!(row[j] > least)) {
+        full = false;
+        row[j] = least > 0 ? least : 1.0;
+      }
+      const double pivot = square_root(row[j]);
+      const double inverse = 1.0 / pivot;
+      row[j] = pivot;
+      for (int64_t k = j + 1; k < r; ++k) {
+        row[k] *= inverse;
+      }
+      for (int64_t i = j + 1; i < end; ++i) {
+        double* below = s + i * r;
+        const double factor = row[i];
+        for (int64_t k = i; k < r; ++k) {
+          below[k] -= factor * row[k];
+        }
+      }
+    }
+    for (int64_t i = end; i < r; ++i) {  // there are rows below four only
+      const double* above = s + first * r;
+      const double factors[4] = {above[i], above[r + i], above[2 * r + i], above[3 * r + i]};
+      subtract_four(s + i * r, factors, above, r, i);
     }
   }
   for (int64_t i = 1; i < r; ++i) {
@@ -59,7 +76,11 @@ inline void invert_upper(const double* upper, int64_t r, double* e) {
       row[k] = 0;
     }
     row[i] = 1;
-    for (int64_t k = i + 1; k < r; ++k) {
+    int64_t k = i + 1;
+    for (; k + 4 <= r; k += 4) {
+      subtract_four(row, upper + i * r + k, e + k * r, r, k);
+    }
+    for (; k < r; ++k) {
       const double factor = upper[i * r + k];
       const double* other = e + k * r;
       for (int64_t c = k; c < r; ++c) {
@@ -85,19 +106,6 @@ inline void multiply_upper(const double* e, const double* f, int64_t r, double* 
       for (int64_t c = k; c < r; ++c) {
         row[c] += factor * f[k * r + c];
       }
-    }
-  }
-}
-
-// The upper triangle of S += weight · E Eᵀ for an upper triangular E
-inline void add_outer_upper(const double* e, int64_t r, double weight, double* s) {
-  for (int64_t i = 0; i < r; ++i) {
-    for (int64_t j = i; j < r; ++j) {
-      double sum = 0;
-      for (int64_t k = j; k < r; ++k) {
-        sum += e[i * r + k] * e[j * r + k];
-      }
-      s[i * r + j] += weight * sum;
     }
   }
 }

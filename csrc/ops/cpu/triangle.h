@@ -22,15 +22,18 @@ constexpr int64_t padded(int64_t count) {
   return (count + kWidth<acc_t> - 1) / kWidth<acc_t> * kWidth<acc_t>;
 }
 
-// Y[i, c] = sum over k in [from, to) of X[i, k] E[k, c] for ROWS rows and VECTORS vectors of c
-template <int ROWS, int VECTORS, typename acc_t>
+// Hands out(i, c, Y[i, c]), Y[i, c] = sum over k in [from, to) of X[i, k] E[k, c], for ROWS rows
+// and VECTORS vectors of c
+template <int ROWS, int VECTORS, typename acc_t, typename F>
 void right_tile(const acc_t* x,
                 int64_t x_stride,
                 const acc_t* e,
                 int64_t stride,
                 int64_t from,
                 int64_t to,
-                acc_t* y) {
+                int64_t row,
+                int64_t column,
+                const F& out) {
   Vec<acc_t> sum[ROWS][VECTORS] = {};
   for (int64_t k = from; k < to; ++k) {
     Vec<acc_t> right[VECTORS];
@@ -43,13 +46,12 @@ void right_tile(const acc_t* x,
     });
   }
   repeat<ROWS>([&](int i) GAUGE_EXT_INLINE {
-    repeat<VECTORS>([&](int v) GAUGE_EXT_INLINE {
-      store<acc_t>(y + i * stride + v * kWidth<acc_t>, sum[i][v]);
-    });
+    repeat<VECTORS>([&](int v)
+                        GAUGE_EXT_INLINE { out(row + i, column + v * kWidth<acc_t>, sum[i][v]); });
   });
 }
 
-template <int VECTORS, typename acc_t>
+template <int VECTORS, typename acc_t, typename F>
 void right_strip(const acc_t* x,
                  int64_t x_stride,
                  int64_t rows,
@@ -57,19 +59,21 @@ void right_strip(const acc_t* x,
                  int64_t stride,
                  int64_t from,
                  int64_t to,
-                 acc_t* y) {
+                 int64_t column,
+                 const F& out) {
   int64_t i = 0;
   for (; i + kTriangleRows <= rows; i += kTriangleRows) {
-    right_tile<kTriangleRows, VECTORS>(x + i * x_stride, x_stride, e, stride, from, to,
-                                       y + i * stride);
+    right_tile<kTriangleRows, VECTORS>(x + i * x_stride, x_stride, e, stride, from, to, i, column,
+                                       out);
   }
   for (; i < rows; ++i) {
-    right_tile<1, VECTORS>(x + i * x_stride, x_stride, e, stride, from, to, y + i * stride);
+    right_tile<1, VECTORS>(x + i * x_stride, x_stride, e, stride, from, to, i, column, out);
   }
 }
 
-// Y = X E: X is (rows, rank), Y is (rows, stride)
-template <typename acc_t>
+// Hands out(i, c, vector) each vector of Y = X E from (i, c) on: X is (rows, rank), Y is
+// (rows, stride)
+template <typename acc_t, typename F>
 void right_product(const acc_t* x,
                    int64_t x_stride,
                    int64_t rows,
@@ -77,29 +81,32 @@ void right_product(const acc_t* x,
                    int64_t rank,
                    int64_t stride,
                    Triangle triangle,
-                   acc_t* y) {
+                   const F& out) {
   constexpr int64_t kStep = kTriangleVectors * kWidth<acc_t>;
   const bool upper = triangle == Triangle::kUpper;
   int64_t c = 0;
   for (; c + kStep <= stride; c += kStep) {
     const int64_t end = c + kStep < rank ? c + kStep : rank;
     right_strip<kTriangleVectors>(x, x_stride, rows, e + c, stride, upper ? 0 : c,
-                                  upper ? end : rank, y + c);
+                                  upper ? end : rank, c, out);
   }
   for (; c < stride; c += kWidth<acc_t>) {
-    right_strip<1>(x, x_stride, rows, e + c, stride, upper ? 0 : c, rank, y + c);
+    right_strip<1>(x, x_stride, rows, e + c, stride, upper ? 0 : c, rank, c, out);
   }
 }
 
-// Y[j, c] = sum over k in [from, to) of E[k, j] X[k, c] for ROWS rows j and two vectors of c
-template <int ROWS, typename acc_t>
+// Hands out(j, c, Y[j, c]), Y[j, c] = sum over k in [from, to) of E[k, j] X[k, c], for ROWS rows j
+// and two vectors of c
+template <int ROWS, typename acc_t, typename F>
 void left_tile(const acc_t* x,
                int64_t width,
                const acc_t* e,
                int64_t stride,
                int64_t from,
                int64_t to,
-               acc_t* y) {
+               int64_t row,
+               int64_t column,
+               const F& out) {
   Vec<acc_t> sum[ROWS][kTriangleVectors] = {};
   for (int64_t k = from; k < to; ++k) {
     Vec<acc_t> right[kTriangleVectors];
@@ -111,47 +118,59 @@ void left_tile(const acc_t* x,
     });
   }
   repeat<ROWS>([&](int j) GAUGE_EXT_INLINE {
-    repeat<kTriangleVectors>([&](int v) GAUGE_EXT_INLINE {
-      store<acc_t>(y + j * width + v * kWidth<acc_t>, sum[j][v]);
-    });
+    repeat<kTriangleVectors>(
+        [&](int v) GAUGE_EXT_INLINE { out(row + j, column + v * kWidth<acc_t>, sum[j][v]); });
   });
 }
 
-template <int ROWS, typename acc_t>
+template <int ROWS, typename acc_t, typename F>
 void left_strip(const acc_t* x,
                 int64_t width,
                 const acc_t* e,
                 int64_t stride,
                 int64_t from,
                 int64_t to,
-                acc_t* y) {
+                int64_t row,
+                const F& out) {
   for (int64_t c = 0; c < width; c += kTriangleVectors * kWidth<acc_t>) {
-    left_tile<ROWS>(x + c, width, e, stride, from, to, y + c);
+    left_tile<ROWS>(x + c, width, e, stride, from, to, row, c, out);
   }
 }
 
-// Y = Eᵀ X: X and Y are (rank, width), width a multiple of two vectors
-template <typename acc_t>
+// Hands out(j, c, vector) each vector of Y = Eᵀ X from (j, c) on: X and Y are (rank, width), width
+// a multiple of two vectors
+template <typename acc_t, typename F>
 void left_product(const acc_t* x,
                   int64_t width,
                   const acc_t* e,
                   int64_t rank,
                   int64_t stride,
                   Triangle triangle,
-                  acc_t* y) {
+                  const F& out) {
   const bool upper = triangle == Triangle::kUpper;
   int64_t j = 0;
   for (; j + kTriangleRows <= rank; j += kTriangleRows) {
     left_strip<kTriangleRows>(x, width, e + j, stride, upper ? 0 : j,
-                              upper ? j + kTriangleRows : rank, y + j * width);
+                              upper ? j + kTriangleRows : rank, j, out);
   }
   for (; j + 2 <= rank; j += 2) {
-    left_strip<2>(x, width, e + j, stride, upper ? 0 : j, upper ? j + 2 : rank, y + j * width);
+    left_strip<2>(x, width, e + j, stride, upper ? 0 : j, upper ? j + 2 : rank, j, out);
   }
   for (; j < rank; ++j) {
-    left_strip<1>(x, width, e + j, stride, upper ? 0 : j, upper ? j + 1 : rank, y + j * width);
+    left_strip<1>(x, width, e + j, stride, upper ? 0 : j, upper ? j + 1 : rank, j, out);
   }
 }
+
+// Stores what a product hands out into rows that lie `stride` apart.
+template <typename acc_t>
+struct StoreTo {
+  acc_t* y;
+  int64_t stride;
+
+  inline GAUGE_EXT_INLINE void operator()(int64_t i, int64_t c, const Vec<acc_t>& value) const {
+    store<acc_t>(y + i * stride + c, value);
+  }
+};
 
 // S[j, c] += sum_i X[i, j] X[i, c] for ROWS values of j and VECTORS vectors of c
 template <int ROWS, int VECTORS>
@@ -204,6 +223,41 @@ inline void add_gram(const double* x, int64_t rows, int64_t rank, int64_t stride
     }
     for (; c < stride; c += kStep) {
       gram_tile<4, 1>(x, rows, stride, j, c, sum, rank);
+    }
+  }
+}
+
+// S[i, j] += the products of two rows i of X with four rows j
+inline void dot_tile(const double* x,
+                     int64_t width,
+                     int64_t i,
+                     int64_t j,
+                     int64_t rank,
+                     double* sum) {
+  Vec<double> total[2][4] = {};
+  for (int64_t c = 0; c < width; c += kWidth<double>) {
+    Vec<double> left[2];
+    repeat<2>([&](int a) GAUGE_EXT_INLINE { left[a] = load<double>(x + (i + a) * width + c); });
+    repeat<4>([&](int b) GAUGE_EXT_INLINE {
+      const Vec<double> right = load<double>(x + (j + b) * width + c);
+      repeat<2>([&](int a) GAUGE_EXT_INLINE { total[a][b] += left[a] * right; });
+    });
+  }
+  for (int a = 0; a < 2 && i + a < rank; ++a) {
+    double products[4];
+    horizontal_sums<4, double>(total[a], products);
+    for (int b = 0; b < 4 && j + b < rank; ++b) {
+      sum[(i + a) * rank + j + b] += products[b];
+    }
+  }
+}
+
+// The upper triangle of S += X Xᵀ: X is (rank, width) with zeros in rows up to a multiple of four,
+// S is (rank, rank); width is a multiple of the vector width
+inline void add_row_products(const double* x, int64_t width, int64_t rank, double* sum) {
+  for (int64_t i = 0; i < rank; i += 2) {
+    for (int64_t j = i / 4 * 4; j < rank; j += 4) {
+      dot_tile(x, width, i, j, rank, sum);
     }
   }
 }

@@ -80,7 +80,7 @@ inline __attribute__((always_inline)) acc_t horizontal_sum(const Vec<acc_t>& val
   return sum;
 }
 
-// The sums of COUNT vectors; four of floats are added up together, by halves and pairs.
+// The sums of COUNT vectors; four are added up together, by halves and pairs.
 template <int COUNT, typename acc_t>
 inline __attribute__((always_inline)) void horizontal_sums(const Vec<acc_t> (&value)[COUNT],
                                                            acc_t (&sum)[COUNT]) {
@@ -97,6 +97,20 @@ inline __attribute__((always_inline)) void horizontal_sums(const Vec<acc_t> (&va
     const __m256 pairs =
         _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
     _mm_storeu_ps(sum, _mm256_castps256_ps128(pairs) + _mm256_extractf128_ps(pairs, 1));
+    return;
+  }
+  if constexpr (COUNT == 4 && std::is_same_v<acc_t, double>) {
+    __m256d half[4];
+    repeat<4>([&](int i) GAUGE_EXT_INLINE {
+#if defined(CPU_CAPABILITY_AVX512)
+      half[i] = _mm512_castpd512_pd256(value[i]) + _mm512_extractf64x4_pd(value[i], 1);
+#else
+      half[i] = value[i];
+#endif
+    });
+    const __m256d low = _mm256_hadd_pd(half[0], half[1]), high = _mm256_hadd_pd(half[2], half[3]);
+    _mm256_storeu_pd(
+        sum, _mm256_permute2f128_pd(low, high, 0x20) + _mm256_permute2f128_pd(low, high, 0x31));
     return;
   }
 #endif
