@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import atexit
 import copy
+import html
+import json
 import os
 import random
+import re
 import resource
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +229,68 @@ def merge_by_hand() -> Callable[..., nn.Module]:
         return twin
 
     return merge
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a browser made of a page in a frame of a phone's width.
+
+    ``scroll_width`` is above ``client_width`` where something sticks out sideways; ``errors`` is
+    what it wrote to the console, requests that the page's own policy blocked among them.
+    """
+
+    scroll_width: int
+    client_width: int
+    counts: list[int]
+    errors: list[str]
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Callable[..., Seen]:
+    """Open a page in headless chromium as it is written, 390 pixels wide.
+
+    Called with the page's text and CSS selectors whose elements are to be counted; a screenshot
+    goes to ``look.png`` in the test's folder.
+    """
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+
+    def run(text: str, *selectors: str) -> Seen:
+        # No script runs in the page: the frame around it measures, and tells in its title.
+        around = tmp_path / "look.html"
+        around.write_text(
+            "<!doctype html><meta charset=utf-8><body style='margin:0'><script>"
+            "const frame = document.createElement('iframe');"
+            "frame.style = 'width:390px;height:2400px;border:0';"
+            "frame.onload = () => { const page = frame.contentDocument, top = page.documentElement;"
+            "document.title = JSON.stringify([top.scrollWidth, top.clientWidth,"
+            f"{json.dumps(selectors)}.map(s => page.querySelectorAll(s).length)]); }};"
+            f"frame.srcdoc = {json.dumps(text).replace('</', '<' + chr(92) + '/')};"
+            "document.body.append(frame);</script>",
+            encoding="utf-8",
+        )
+        flags = [
+            *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *("--enable-logging=stderr", "--window-size=500,2400"),
+            f"--user-data-dir={tmp_path}/profile",
+        ]
+        done = subprocess.run(
+            [chromium, *flags, "--dump-dom", around.as_uri()],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        subprocess.run(
+            [chromium, *flags, f"--screenshot={tmp_path}/look.png", around.as_uri()],
+            capture_output=True,
+            check=True,
+            timeout=120,
+        )
+        title = re.search(r"<title>(\[.*?\])</title>", done.stdout)
+        assert title is not None, done.stderr
+        errors = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+        return Seen(*json.loads(html.unescape(title.group(1))), errors)
+
+    return run

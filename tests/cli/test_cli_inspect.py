@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -74,6 +75,22 @@ def test_beside_another_and_as_a_page(make_adapter: MakeAdapter, run: Run, tmp_p
         assert name in text
     # Nothing that a browser would fetch or run.
     assert not any(mark in text for mark in ("<script", "http://", "https://", "src="))
+
+
+def test_the_page_in_a_browser(
+    make_adapter: MakeAdapter, run: Run, tmp_path: Path, look: Callable[..., Any]
+) -> None:
+    adapter, factors = make_adapter("bert")
+    page = tmp_path / "report.html"
+    result = run("inspect", adapter, "--compare", adapter, "--html", page)
+    assert result.exit_code == 0, result.output
+    seen = look(page.read_text(encoding="utf-8"), "svg, .fill", "tr")
+    assert seen.scroll_width <= seen.client_width == 390  # nothing sticks out sideways
+    assert seen.errors == []
+    plots, rows = seen.counts
+    assert plots > 0
+    assert rows >= len(factors)
+    assert (tmp_path / "look.png").stat().st_size > 10_000
 
 
 def test_beside_its_base(

@@ -133,3 +133,12 @@ def test_scales_place_by_differences_or_by_ratios():
 def test_numbers_in_few_characters():
     found = [number(v) for v in (0.0, 0.25, 1234.5, 3.14e-7, 2e9, math.inf, -math.inf, math.nan)]
     assert found == ["0", "0.25", "1,234", "3.1e-7", "2e9", "∞", "−∞", "nan"]
+
+
+def test_the_browser_tells_what_is_wrong_with_a_page(look):
+    policy = "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'\">"
+    wide = "<p style='width:900px'>wide</p><table width=900><tr><td>wide</table>"
+    seen = look(f"{policy}{wide}<img src='http://127.0.0.1:9/outside.png'>", "p")
+    assert seen.scroll_width >= 900 > seen.client_width == 390
+    assert any("outside.png" in line for line in seen.errors)  # a request that was blocked
+    assert seen.counts == [1]

@@ -102,6 +102,26 @@ def test_tags_say_what_is_experimental(model: nn.Module) -> None:
     assert {step for _, _, step in writer.rows} == {3}
 
 
+def test_tensorboard_reads_what_was_logged(model: nn.Module, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    monitor = AdapterMonitor(model)
+    with SummaryWriter(str(tmp_path)) as writer:
+        monitor.log(writer, 3)
+        set_factors(model, model[0].lora_B * 1.5, model[0].lora_A)
+        monitor.log(writer, 7)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    told = scalars(monitor.history[1][1])
+    assert "adapter/experimental_drift/0" in events.Tags()["scalars"]
+    rows = events.Scalars("adapter/norm/0")
+    assert [row.step for row in rows] == [3, 7]
+    assert rows[1].value == pytest.approx(1.5 * rows[0].value)
+    for tag, value in told.items():
+        assert events.Scalars(tag)[-1].value == pytest.approx(value, nan_ok=True), tag
+
+
 def test_a_model_without_adapters_is_refused() -> None:
     with pytest.raises(AdapterStateError, match="no adapters"):
         AdapterMonitor(nn.Linear(2, 2))
