@@ -66,7 +66,7 @@ test: build
 test-js: build
 	cd tests/export/js && ONNXRUNTIME_NODE_INSTALL=skip npm install --no-audit --no-fund --no-save
 	NODE_PATH=tests/export/js/node_modules GAUGE_EXT_REQUIRE_JS=1 $(PY) -m pytest \
-	  tests/export/test_adapter_js.py tests/export/proof/test_proof_runtimes.py $(PYTEST_ARGS)
+	  tests/export/adapters/test_adapter_js.py tests/export/proof/test_proof_runtimes.py $(PYTEST_ARGS)
 
 cpp-test: $(READY)
 	$(CMAKE) --preset debug -DPython_EXECUTABLE=$(PY) --log-level=NOTICE

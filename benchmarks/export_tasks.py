@@ -45,14 +45,14 @@ def _copy(source: Path, target: Path) -> None:
 
 def patch(folder: Path, kind: str) -> None:
     """Ours, into the ONNX file."""
-    from gauge_ext.export.patch import patch_onnx
+    from gauge_ext.export.patching.patch import patch_onnx
 
     patch_onnx(folder / "onnx" / "model.onnx", folder / "adapter", folder / "out_patch/model.onnx")
 
 
 def merge(folder: Path, kind: str) -> None:
     """Ours, into the checkpoint."""
-    from gauge_ext.export.merge import merge_checkpoint
+    from gauge_ext.export.patching.merge import merge_checkpoint
 
     merge_checkpoint(folder / "base", folder / "adapter", folder / "out_merge")
 

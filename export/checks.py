@@ -10,7 +10,7 @@ from gauge_ext.errors import ConfigError, ExportError, NonFiniteError
 if TYPE_CHECKING:
     from torch import nn
 
-    from gauge_ext.export.inputs import BoundInputs
+    from gauge_ext.export.trace.inputs import BoundInputs
 
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 

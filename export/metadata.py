@@ -20,13 +20,13 @@ from gauge_ext._version import __version__
 from gauge_ext.adapters import WrappedAdapter
 from gauge_ext.checkpoint import adapter_sha256
 from gauge_ext.errors import ConfigError
-from gauge_ext.export.files import write_errors
-from gauge_ext.export.inputs import Bounds
+from gauge_ext.export.disk.files import write_errors
+from gauge_ext.export.trace.inputs import Bounds
 from gauge_ext.models import adapters, attached_modules, attachment, lora_layers
 
 if TYPE_CHECKING:
-    from gauge_ext.export.graph import Graph
     from gauge_ext.export.report import ValidationReport
+    from gauge_ext.export.trace.graph import Graph
 
 PREFIX = "gauge_ext."
 _WRAPPED_BASE = "base_model."

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from gauge_ext.errors import ConfigError
 from gauge_ext.export.checks import require_packages
+from gauge_ext.export.language.model_folder import MANIFEST, file_sha256
 from gauge_ext.export.metadata import PREFIX, base_sha256
-from gauge_ext.export.model_folder import MANIFEST, file_sha256
 
 if TYPE_CHECKING:
     from torch import nn

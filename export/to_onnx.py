@@ -13,20 +13,24 @@ import torch
 from torch import nn
 
 from gauge_ext.errors import ConfigError, ExportError
-from gauge_ext.export.adapter_graph import open_inputs, open_layers, require_choice
-from gauge_ext.export.adapter_table import AdapterForm, AdapterPrecision
-from gauge_ext.export.adapter_validate import validate_adapters
-from gauge_ext.export.cases import MakeInputs, make_cases
+from gauge_ext.export.adapters.graph import open_inputs, open_layers, require_choice
+from gauge_ext.export.adapters.table import AdapterForm, AdapterPrecision
+from gauge_ext.export.adapters.validate import validate_adapters
 from gauge_ext.export.checks import require_count, require_exportable, require_packages
-from gauge_ext.export.files import data_name, require_space, staged_files, write_errors
-from gauge_ext.export.graph import Graph, build_graph, require_opset
-from gauge_ext.export.inputs import bind_inputs, resolve_dynamic_shapes
+from gauge_ext.export.disk.files import data_name, require_space, staged_files, write_errors
 from gauge_ext.export.metadata import annotate, append_metadata, summary
 from gauge_ext.export.metadata import provenance as provenance_of
-from gauge_ext.export.quantize import QuantizationReport, quantize_in_place
-from gauge_ext.export.quantize_methods import Precision, QuantizationOptions, require_precision
+from gauge_ext.export.precision.quantize import QuantizationReport, quantize_in_place
+from gauge_ext.export.precision.quantize_methods import (
+    Precision,
+    QuantizationOptions,
+    require_precision,
+)
 from gauge_ext.export.report import ExportReport, ValidationReport
 from gauge_ext.export.tolerance import Tolerance
+from gauge_ext.export.trace.cases import MakeInputs, make_cases
+from gauge_ext.export.trace.graph import Graph, build_graph, require_opset
+from gauge_ext.export.trace.inputs import bind_inputs, resolve_dynamic_shapes
 from gauge_ext.export.validate import DisagreementError, Progress, validate_onnx
 from gauge_ext.models import merged_copy
 from gauge_ext.models.attach import unwrap

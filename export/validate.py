@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext.errors import ConfigError, ExportError, ValidationError
-from gauge_ext.export.adapter_feeds import adapter_feeds
-from gauge_ext.export.adapter_table import AdapterTable
-from gauge_ext.export.cases import Case, Limits, MakeInputs, make_cases
+from gauge_ext.export.adapters.feeds import adapter_feeds
+from gauge_ext.export.adapters.table import AdapterTable
 from gauge_ext.export.checks import require_count, require_packages
 from gauge_ext.export.compare import compare
-from gauge_ext.export.inputs import BoundInputs, bind_inputs
 from gauge_ext.export.metadata import read_bounds
 from gauge_ext.export.report import CaseResult, ValidationReport
-from gauge_ext.export.signature import output_leaves
 from gauge_ext.export.tolerance import Tolerance
+from gauge_ext.export.trace.cases import Case, Limits, MakeInputs, make_cases
+from gauge_ext.export.trace.inputs import BoundInputs, bind_inputs
+from gauge_ext.export.trace.signature import output_leaves
 from gauge_ext.models import lora_layers
 from gauge_ext.models.attach import unwrap
 
@@ -88,7 +88,7 @@ def validate_onnx(
         tolerance: The bar; by default by the narrowest floating-point dtype in model and output.
         random_cases: How many cases of random sizes and values, beside example, smallest, larger.
         seed: Of those.
-        make_inputs: See :func:`gauge_ext.export.cases.make_cases`.
+        make_inputs: See :func:`gauge_ext.export.trace.cases.make_cases`.
         cases: Sizes by name of the case, instead of smallest, larger and random ones; needs
             ``make_inputs``.
         focus: Takes the part of an output that means something, where padding leaves the rest

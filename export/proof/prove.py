@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from gauge_ext.errors import ConfigError
-from gauge_ext.export.cases import Case, make_cases
-from gauge_ext.export.inputs import bind_inputs
 from gauge_ext.export.metadata import read_bounds
 from gauge_ext.export.proof.measure import Latency, Memory, interleaved, measure_memory
 from gauge_ext.export.proof.runtimes import open_runtime
 from gauge_ext.export.proof.subject import Subject
 from gauge_ext.export.report import ValidationReport
 from gauge_ext.export.tolerance import Tolerance
+from gauge_ext.export.trace.cases import Case, make_cases
+from gauge_ext.export.trace.inputs import bind_inputs
 from gauge_ext.export.validate import (
     Progress,
     Runtime,
@@ -249,7 +249,7 @@ def text_perplexity(folder: Path, model: nn.Module, text: str, *, window: int = 
     Raises:
         ConfigError: the folder has no tokenizer, or the text is too short.
     """
-    from gauge_ext.export.generate import OnnxGenerator
+    from gauge_ext.export.language.generate import OnnxGenerator
 
     tokens = torch.tensor(_tokenize(folder, text), dtype=torch.int64)
     reference: Any = evaluation_copy(model)

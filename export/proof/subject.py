@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from gauge_ext.export.cases import MakeInputs
 from gauge_ext.export.report import ValidationReport
 from gauge_ext.export.tolerance import Tolerance
+from gauge_ext.export.trace.cases import MakeInputs
 from gauge_ext.export.validate import Focus, Progress, Runtime, validate_onnx
 
 
@@ -23,7 +23,7 @@ class Subject:
         path: The ONNX file.
         module: What it was made from, adapters beside the weights or merged.
         example: What the module is called with.
-        make_inputs: See :func:`gauge_ext.export.cases.make_cases`.
+        make_inputs: See :func:`gauge_ext.export.trace.cases.make_cases`.
         cases: See :func:`gauge_ext.export.validate_onnx`.
         focus: See :func:`gauge_ext.export.validate_onnx`.
         random_cases: How many cases of random sizes, where ``cases`` does not say which.

@@ -36,14 +36,14 @@ class Mode(StrEnum):
 
 
 class Form(StrEnum):
-    """``gauge_ext.export.adapter_table.FORMS``."""
+    """``gauge_ext.export.adapters.table.FORMS``."""
 
     OPTIONAL = "optional"
     REQUIRED = "required"
 
 
 class FactorPrecision(StrEnum):
-    """``gauge_ext.export.adapter_table.PRECISIONS``."""
+    """``gauge_ext.export.adapters.table.PRECISIONS``."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"

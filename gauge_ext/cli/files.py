@@ -37,7 +37,7 @@ def write_text(path: Path, text: str, option: str) -> None:
     Raises:
         OptionError: It cannot be written; nothing is left behind.
     """
-    from gauge_ext.export.files import staged_files
+    from gauge_ext.export.disk.files import staged_files
 
     with blame(option), staged_files(path) as folder:
         (folder / path.name).write_text(text, encoding="utf-8")

@@ -66,7 +66,7 @@ def merge(
     elif not chosen:
         raise OptionError("--adapter", "not given.", hint="Give the folder of a saved adapter.")
     else:
-        from gauge_ext.export.merge import merge_checkpoint
+        from gauge_ext.export.patching.merge import merge_checkpoint
 
         check_adapters(chosen)
         with working("merging") as progress, blame("BASE", _OPTIONS):
@@ -104,7 +104,7 @@ def _merge_model(spec: str, adapter: Path | None, out: Path) -> MergeReport:
     with working("merging"):
         from gauge_ext.checkpoint import adapter_sha256
         from gauge_ext.export import MergeReport
-        from gauge_ext.export.files import staged_folder
+        from gauge_ext.export.disk.files import staged_folder
         from gauge_ext.models import lora_layers, merged_copy
 
         with blame("BASE", _OPTIONS), staged_folder(out) as folder:

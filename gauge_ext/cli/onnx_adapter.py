@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class FileGauge(StrEnum):
-    """``gauge_ext.export.adapter_file.GAUGES``."""
+    """``gauge_ext.export.adapters.file.GAUGES``."""
 
     TRAINED = "trained"
     BALANCED = "balanced"
@@ -75,7 +75,7 @@ def onnx_adapter(
         raise OptionError("--out", f"must end in .onnx_adapter or .safetensors, got {out.name!r}.")
     from gauge_ext.checkpoint import read_adapter
     from gauge_ext.export import write_onnx_adapter
-    from gauge_ext.export.adapter_file import read_table
+    from gauge_ext.export.adapters.file import read_table
 
     with working("writing the adapter"):
         with blame("GRAPH"):

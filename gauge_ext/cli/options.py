@@ -71,7 +71,7 @@ Report = Annotated[
 
 
 class Precision(StrEnum):
-    """``gauge_ext.export.quantize_methods.PRECISIONS``, and bf16, refused with a reason."""
+    """``PRECISIONS`` of :mod:`gauge_ext.export.precision`, and bf16, refused with a reason."""
 
     FP32 = "fp32"
     FP16 = "fp16"

@@ -84,7 +84,7 @@ def patch(
     chosen = parse_adapters(adapters)
     check_adapters(chosen)
     with working("reading") as progress, blame("MODEL", _OPTIONS):
-        from gauge_ext.export.patch import patch_onnx
+        from gauge_ext.export.patching.patch import patch_onnx
 
         report = patch_onnx(model, chosen, out, base_weights=base, verify=verify, progress=progress)
     if as_json:

@@ -111,7 +111,7 @@ def quantization_options(
             if value is not None:
                 raise OptionError(option, "it is about --precision, which is fp32.")
         return None
-    from gauge_ext.export.quantize_methods import QuantizationOptions, require_precision
+    from gauge_ext.export.precision.quantize_methods import QuantizationOptions, require_precision
     from gauge_ext.export.tolerance import Tolerance
 
     tolerance = None

@@ -211,8 +211,8 @@ def _generating(
     folder: Path, model: nn.Module, tolerance: Any, seed: int
 ) -> tuple[list[Subject], list[Callable[[], ValidationReport]]]:
     """The graphs of a folder, and the comparison of their loop."""
-    from gauge_ext.export.causal_lm import causal_subjects, causal_whole
-    from gauge_ext.export.seq2seq import seq2seq_subjects, seq2seq_whole
+    from gauge_ext.export.language.causal_lm import causal_subjects, causal_whole
+    from gauge_ext.export.language.seq2seq import seq2seq_subjects, seq2seq_whole
 
     if (folder / "encoder_model.onnx").is_file():
         return seq2seq_subjects(folder, model, seed), [

@@ -44,7 +44,7 @@ def check_adapters(chosen: list[tuple[str | Path, float]]) -> None:
         OptionError: One is missing or damaged, holds NaN, or asks for more than can be merged.
     """
     with blame("--adapter"):
-        from gauge_ext.export.adapter_arrays import open_adapter
+        from gauge_ext.export.patching.adapter_arrays import open_adapter
 
         for folder, weight in chosen:
             found = open_adapter(folder, weight)

@@ -284,7 +284,7 @@ def _say_attached(encoder: SentenceEncoder, threads: int, console: Console) -> N
 
 def _require_writable(out: Path) -> None:
     """Finds out before two minutes of training whether there is a place for the outcome."""
-    from gauge_ext.export.files import write_errors
+    from gauge_ext.export.disk.files import write_errors
 
     there = out.absolute()
     while not there.exists():
@@ -294,7 +294,7 @@ def _require_writable(out: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    from gauge_ext.export.files import staged_files, write_errors
+    from gauge_ext.export.disk.files import staged_files, write_errors
 
     with staged_files(path) as folder, write_errors(path):
         (folder / path.name).write_bytes(content)

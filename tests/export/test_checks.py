@@ -8,7 +8,7 @@ from torch import nn
 
 from gauge_ext.errors import ConfigError, ExportError, NonFiniteError
 from gauge_ext.export.checks import require_count, require_exportable, require_packages
-from gauge_ext.export.inputs import bind_inputs
+from gauge_ext.export.trace.inputs import bind_inputs
 
 
 def test_a_package_that_is_missing(monkeypatch):

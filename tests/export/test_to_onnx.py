@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import gauge_ext
 from gauge_ext.export import Tolerance, export_onnx, to_onnx
-from gauge_ext.export.graph import quiet
+from gauge_ext.export.trace.graph import quiet
 from gauge_ext.models import is_merged, merged_copy
 
 BATCH = {"x": {0: "batch"}}

@@ -16,7 +16,7 @@ from torch import nn
 
 from gauge_ext.errors import ConfigError
 from gauge_ext.export import Tolerance, export_onnx
-from gauge_ext.export.causal_lm import causal_subjects, causal_whole
+from gauge_ext.export.language.causal_lm import causal_subjects, causal_whole
 from gauge_ext.export.proof.prove import Perplexity, prove, text_perplexity
 from gauge_ext.export.proof.subject import Subject
 

@@ -1,0 +1,263 @@
+"""A transformers folder, read without transformers: its files, and where each tensor lies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gauge_ext.errors import AdapterMismatchError, ConfigError
+from gauge_ext.export.disk.naming import best_renamings
+from gauge_ext.export.disk.numbers import BY_SAFETENSORS
+from gauge_ext.export.disk.safetensors_file import Stored, read_header
+
+# Weights in any format but the one that is merged: they would be the unmerged base under the name
+# of the merged model.
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".ot"),
+    *(".gguf", ".onnx", ".onnx_data", ".tflite"),
+)
+_UNTIE = "Merge in memory with gauge_ext.merge(), and save with config.tie_word_embeddings = False."
+# Families whose linear layers are transformers' Conv1D, which stores weights (in, out).
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gptsan-japanese"}
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """A model's folder.
+
+    Attributes:
+        path: The folder.
+        config: ``config.json``, empty if there is none.
+        tensors: Name -> where it lies.
+        shards: The files with the weights, relative to the folder.
+        carried: Other files that belong to the model, relative to the folder.
+        skipped: Files left behind, relative to the folder: weights in other formats.
+        nbytes: The size of all that belongs to the model.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Stored]
+    shards: tuple[Path, ...]
+    carried: tuple[Path, ...]
+    skipped: tuple[Path, ...]
+    nbytes: int
+
+
+def open_base(path: Path) -> BaseFolder:
+    """Reads the headers of a folder's weights and lists its files.
+
+    Raises:
+        ConfigError: the folder or a shard is missing or damaged, the weights are not safetensors,
+            or they are quantized.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"there is no folder {path}.", hint="Give a local model folder.")
+    config = _read_json(path / "config.json") if (path / "config.json").exists() else {}
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise ConfigError(
+            f"{path} is quantized ({method}): its weights are not numbers that an update can be "
+            "added to.",
+            hint="Merge into the unquantized base.",
+        )
+    shards = _shards(path)
+    tensors: dict[str, Stored] = {}
+    for shard in shards:
+        for name, stored in read_header(path / shard).items():
+            if tensors.setdefault(name, stored) is not stored:
+                raise ConfigError(
+                    f"{path} holds {name!r} twice, in {tensors[name].span.path.name} and {shard}.",
+                    hint="Download the base again, into an empty folder.",
+                )
+    carried, skipped = _other_files(path, set(shards))
+    nbytes = sum((path / file).stat().st_size for file in (*shards, *carried))
+    return BaseFolder(path, config, tensors, tuple(shards), carried, skipped, nbytes)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight that an adapter changes.
+
+    Attributes:
+        module: Path of the module.
+        stored: Where it lies.
+        transposed: Whether it lies ``(in, out)``.
+    """
+
+    module: str
+    stored: Stored
+    transposed: bool
+
+
+def base_weights(base: BaseFolder, modules: Sequence[str]) -> dict[str, str]:
+    """Finds the name of the tensor that each module's weight is stored under.
+
+    A folder saved from the bare model lacks the prefix that the paths of a model with a head have
+    (``bert.``, ``model.``), or the other way round; one prefix has to do for all modules.
+
+    Returns:
+        Path of the module -> name of the tensor.
+
+    Raises:
+        AdapterMismatchError: a module has no tensor, or it cannot be told which.
+    """
+    known = {name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")}
+    rules = best_renamings(modules, known)
+    if len(rules) != 1 or any(rules[0](module) not in known for module in modules):
+        raise _mismatch(base, list(modules), ambiguous=len(rules) > 1)
+    return {module: f"{rules[0](module)}.weight" for module in modules}
+
+
+def match_targets(
+    base: BaseFolder, shapes: Mapping[str, tuple[int, int]], *, may_lie_transposed: bool
+) -> dict[str, Target]:
+    """Finds the tensor that each adapted module's weight is stored in.
+
+    Args:
+        base: The folder.
+        shapes: Path of the module -> ``(out, in)`` of its weight.
+        may_lie_transposed: Whether the adapter says that weights lie ``(in, out)``
+            (``fan_in_fan_out``); each shape then says whether that is so.
+
+    Returns:
+        Name of the tensor -> the target.
+
+    Raises:
+        AdapterMismatchError: a module has no tensor, or one of another shape.
+        ConfigError: a tensor is of a dtype that cannot be merged.
+    """
+    names = base_weights(base, list(shapes))
+    square = any(rows == columns for rows, columns in shapes.values())
+    turned = may_lie_transposed and square and _square_ones_lie_transposed(base, names, shapes)
+    targets = {}
+    for module, name in names.items():
+        stored, shape = base.tensors[name], shapes[module]
+        transposed = may_lie_transposed and stored.shape == shape[::-1]
+        if shape[0] == shape[1]:
+            transposed = turned
+        if stored.shape != shape and not transposed:
+            raise AdapterMismatchError(
+                f"the adapter for {module!r} is for a weight of shape {shape}, and {name} in "
+                f"{base.path} has shape {stored.shape}.",
+                hint="Is this the base that the adapter was trained on?",
+            )
+        if stored.dtype not in BY_SAFETENSORS:
+            raise ConfigError(
+                f"{name} in {base.path} is stored as {stored.dtype}, and an update can be "
+                f"added to {', '.join(BY_SAFETENSORS)} only.",
+                hint="Merge into the unquantized base.",
+            )
+        if _is_tied_head(base, stored):
+            raise AdapterMismatchError(
+                f"the adapter's {module!r} is the output layer, which {base.path} ties to its "
+                "input embeddings: transformers would load it without the merged weight.",
+                hint=_UNTIE,
+            )
+        targets[name] = Target(module, stored, transposed)
+    return targets
+
+
+def _square_ones_lie_transposed(
+    base: BaseFolder, names: Mapping[str, str], shapes: Mapping[str, tuple[int, int]]
+) -> bool:
+    """Whether square weights lie ``(in, out)``: as the others do, in a model that has Conv1D.
+
+    An adapter may say ``fan_in_fan_out`` for layers that are none: PEFT ignores it there.
+
+    Raises:
+        ConfigError: all weights are square, and the family is not known.
+    """
+    if base.config.get("model_type") in _CONV1D:
+        return True
+    others = [m for m, (rows, columns) in shapes.items() if rows != columns]
+    if not others:
+        raise ConfigError(
+            f"the adapter says fan_in_fan_out, and every weight of it in {base.path} is square: "
+            "which way they lie cannot be seen.",
+            hint="If the layers are nn.Linear, set it to false in adapter_config.json; else merge "
+            "in memory with gauge_ext.merge().",
+        )
+    return any(base.tensors[names[module]].shape == shapes[module][::-1] for module in others)
+
+
+def _is_tied_head(base: BaseFolder, stored: Stored) -> bool:
+    """Whether a weight has a row for each token, in a model that says that those are tied."""
+    text = base.config.get("text_config", base.config)
+    tied = base.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    return bool(tied) and stored.shape[0] == text.get("vocab_size")
+
+
+def _mismatch(base: BaseFolder, modules: list[str], *, ambiguous: bool) -> AdapterMismatchError:
+    if ambiguous:
+        return AdapterMismatchError(
+            f"the adapter's {modules[0]!r} fits several tensors of {base.path}.",
+            hint="Merge in memory with gauge_ext.merge() instead.",
+        )
+    missing = [module for module in modules if f"{module}.weight" not in base.tensors]
+    shown = ", ".join(repr(module) for module in missing[:4]) + (", ..." if missing[4:] else "")
+    if len(missing) < len(modules) and base.config.get("tie_word_embeddings", False):
+        hint = f"This base ties its output to its input embeddings, stored once. {_UNTIE}"
+    else:
+        hint = (
+            "Is this the base that the adapter was trained on? Its tensors are named like "
+            f"{next(iter(base.tensors))!r}."
+        )
+    return AdapterMismatchError(
+        f"{len(missing)} of the adapter's {len(modules)} modules have no weight in {base.path}: "
+        f"{shown}.",
+        hint=hint,
+    )
+
+
+def _shards(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConfigError(f"{index} has no weight_map.", hint="Download the base again.")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if Path(name).name != name or not (path / name).is_file():
+                raise ConfigError(
+                    f"{index} names the shard {name!r}, which is not in {path}.",
+                    hint="Download the base again; a part of it is missing.",
+                )
+        return [Path(name) for name in names]
+    if (path / "model.safetensors").is_file():
+        return [Path("model.safetensors")]
+    pickles = sorted(file.name for file in path.glob("*.bin"))
+    raise ConfigError(
+        f"{path} has neither model.safetensors nor model.safetensors.index.json"
+        + (f", only {pickles[0]}." if pickles else "."),
+        hint="Load it in transformers and save_pretrained() it, which writes safetensors."
+        if pickles
+        else "Give a model folder as transformers saves it.",
+    )
+
+
+def _other_files(path: Path, shards: set[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    modules = path / "modules.json"  # of sentence-transformers: more modules, in folders
+    entries = _read_json(modules) if modules.exists() else []
+    parts = {str(entry.get("path", "")) for entry in entries} - {""}
+    carried, skipped = [], []
+    for file in sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file()):
+        if file in shards or any(part.startswith(".") for part in file.parts):
+            continue
+        weights = file.suffix in _WEIGHTS or file.name.endswith(".bin.index.json")
+        # transformers would put an adapter that it finds there on top of the merged weights.
+        if (weights and str(file.parent) not in parts) or file.name == "adapter_config.json":
+            skipped.append(file)
+        else:
+            carried.append(file)
+    return tuple(carried), tuple(skipped)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}.") from error
