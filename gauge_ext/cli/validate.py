@@ -73,10 +73,12 @@ def validate(
     runtime: Annotated[
         list[RuntimeChoice] | None,
         typer.Option(
-            help="What runs the file; may be given several times. all: every one that is "
-            "installed here. Those of npm need the package in node_modules of this folder or one "
-            "above it, or of NODE_PATH, and Node.js or, in the browser, Chromium. Default: "
-            "onnxruntime.",
+            metavar="RUNTIME",
+            help="What runs the file: "
+            + ", ".join(RuntimeChoice)
+            + ", which is every one that is installed here; may be given several times. Those of "
+            "npm need the package in node_modules of this folder or one above it, or of NODE_PATH, "
+            "and Node.js or, in the browser, Chromium. Default: onnxruntime.",
             show_default=False,
         ),
     ] = None,
