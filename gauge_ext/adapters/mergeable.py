@@ -125,8 +125,10 @@ class MergeableLayer(AdapterParts):
         for name, base in self.kept_parameters.items():
             with torch.no_grad():
                 moved = fn(base)
-            if moved.is_meta == base.is_meta:
+            if moved.is_meta == base.is_meta and type(base) is nn.Parameter:
                 base.data = moved
+            elif isinstance(moved, nn.Parameter):
+                self._kept[name] = moved
             else:
                 self._kept[name] = nn.Parameter(moved, requires_grad=base.requires_grad)
         return self

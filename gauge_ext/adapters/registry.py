@@ -9,11 +9,14 @@ from gauge_ext.adapters.conv import LoRAConv
 from gauge_ext.adapters.embedding import LoRAEmbedding
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.lora import LoRALinear
+from gauge_ext.adapters.quantized import LoRAQuantized
 from gauge_ext.adapters.spec import AdapterSpec
 from gauge_ext.adapters.transposed import LoRATransposed
 from gauge_ext.errors import TargetError
 
+# The first that matches: a quantized weight may lie in an nn.Linear.
 VARIANTS: tuple[type[AdaptedLayer], ...] = (
+    LoRAQuantized,
     LoRALinear,
     LoRATransposed,
     LoRAEmbedding,
@@ -44,10 +47,12 @@ def unsupported_reason(module: nn.Module) -> str | None:
     """Say why no adapter can be put on ``module``, or return None where it can.
 
     An adapter works by exchanging ``forward``, so the module must be one whose forward is called
-    and is that of a class in :data:`VARIANTS`, on a plain floating-point weight.
+    and is that of a class in :data:`VARIANTS`, on a floating-point or a quantized weight.
     """
     if isinstance(module, AdaptedLayer):
         return "it has an adapter already"
+    if LoRAQuantized.matches(module):
+        return LoRAQuantized.reason_against(module)
     if isinstance(module, nn.Linear):
         return LoRALinear.reason_against(module)
     if (variant := variant_for(module)) is not None:
@@ -56,5 +61,5 @@ def unsupported_reason(module: nn.Module) -> str | None:
     supported = [f"nn.{base.__name__}" for v in VARIANTS[:-1] for base in v.bases]
     return (
         f"it is a {kind.__module__}.{kind.__qualname__}, and supported are {', '.join(supported)} "
-        "and transformers' Conv1D"
+        "transformers' Conv1D, and modules with in_features, out_features and dequantize()"
     )

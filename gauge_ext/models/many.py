@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from gauge_ext.adapters import LoRAConfig, LoRALinear, adapt
+from gauge_ext.adapters import LoRAConfig, LoRALinear, adapt, variant_for
 from gauge_ext.adapters.inits import starts_nonzero
 from gauge_ext.adapters.many import ManyLoRALinear
 from gauge_ext.errors import AdapterStateError, ConfigError, TargetError
@@ -249,12 +249,6 @@ def _many(model: nn.Module, name: str | None = None) -> dict[str, ManyLoRALinear
                 "are for nn.Linear layers with two factors and nothing else.",
                 hint="Attach to linear layers alone, without DoRA, lora_bias or a nonzero start.",
             )
-        if not layer.is_plain:
-            raise TargetError(
-                f"the adapter on {path} has more than two factors (use_dora, lora_bias, or a start "
-                "that is not zero), and several adapters, or none for a while, are for plain ones.",
-                hint="Detach it, or save and merge it.",
-            )
     return {
         path: ManyLoRALinear.adopt(cast("LoRALinear", layer), first)
         for path, layer in layers.items()
@@ -285,9 +279,10 @@ def _find(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             stacklevel=3,
         )
     for path, found in match.layers.items():
-        if not isinstance(found, nn.Linear):
+        if not isinstance(found, LoRALinear) and variant_for(found) is not LoRALinear:
             raise TargetError(
-                f"{path} is a {type(found).__name__}, and several adapters are for nn.Linear.",
+                f"{path} is a {type(found).__name__} or its weight is quantized, and several "
+                "adapters are for nn.Linear.",
                 hint="Name linear layers alone in target_modules.",
             )
     return dict(match.layers)
