@@ -86,7 +86,7 @@ class LoRAMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Return output and attention weights; see ``nn.MultiheadAttention.forward``."""
         out_proj = cast("LoRAOutProjection", self.out_proj)
-        if self.merged and out_proj.merged:
+        if not (self.has_branch or out_proj.has_branch):
             return super().forward(
                 query,
                 key,
@@ -205,7 +205,7 @@ def _reason_against_spec(spec: AdapterSpec) -> str | None:
 def _project(
     layer: AdaptedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor
 ) -> Tensor:
-    if layer.merged:
+    if not layer.has_branch:
         return F.linear(x, weight, bias)
     drop = layer.training and layer.dropout_p > 0.0
     return ops.lora_linear(

@@ -116,7 +116,7 @@ class LoRAConv(AdaptedLayer):
         Returns:
             ``(batch, out, *size)`` or ``(out, *size)``.
         """
-        if self.merged:
+        if not self.has_branch:
             return self._convolve(input, self.weight, self.bias, self.groups)
         has_magnitude = self.has_magnitude
         y = self._convolve(input, self.weight, None if has_magnitude else self.bias, self.groups)

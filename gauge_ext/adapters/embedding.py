@@ -74,7 +74,7 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
             ``(*, dim)``.
         """
         y = self._rows(input, self.weight)
-        if self.merged:
+        if not self.has_branch:
             return y
         lora_A = self.lora_A
         hidden = self._rows(input, lora_A.mT)

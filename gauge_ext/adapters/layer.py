@@ -15,7 +15,7 @@ from gauge_ext.adapters.spec import AdapterSpec
 from gauge_ext.errors import TargetError
 
 _ATTRIBUTES = (
-    *("scaling", "dropout_p", "merged", "is_plain"),
+    *("scaling", "dropout_p", "merged", "has_branch", "is_plain"),
     *("_kept", "_factor_names", "_start_names"),
 )
 
@@ -98,7 +98,7 @@ class AdaptedLayer(MergeableLayer):
         self.lora_B = nn.Parameter(b)
         self.scaling = float(spec.scaling)
         self.dropout_p = float(spec.dropout)
-        self.merged = False
+        self.merged, self.has_branch = False, True
         self._kept = {}
         self._factor_names = ("lora_A", "lora_B")
         self._start_names = ()

@@ -144,7 +144,7 @@ class LoRALinear(AdaptedLayer, nn.Linear):
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
         except KeyError:  # torch.nn.utils.parametrize and prune move a parameter elsewhere
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
-        if self.merged:
+        if not self.has_branch:
             return F.linear(input, weight, bias)
         if not self.is_plain:
             return branches.linear(self, input, weight, bias)

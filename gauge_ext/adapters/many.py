@@ -127,7 +127,7 @@ class ManyLoRALinear(LoRALinear):
             AdapterStateError: Training with dropout, where each row has an adapter of its own or
                 the active adapters differ in it.
         """
-        if self.merged:
+        if not self.has_branch:
             return F.linear(input, self.weight, self.bias)
         if self.rows is not None:
             return self._by_rows(input, *self.rows)

@@ -93,7 +93,7 @@ class MergeableLayer(AdapterParts):
             trained = base is not None and base.requires_grad
             setattr(self.owner, name, nn.Parameter(value, requires_grad=trained))
         self._kept = kept if keep_base else {}
-        self.merged = True
+        self.merged, self.has_branch = True, False
 
     def unmerge(self) -> None:
         """Put the base's own Parameters back.
@@ -107,7 +107,7 @@ class MergeableLayer(AdapterParts):
         for name, base in self._kept.items():
             setattr(self.owner, name, base)
         self._kept = {}
-        self.merged = False
+        self.merged, self.has_branch = False, True
 
     @property
     def can_unmerge(self) -> bool:

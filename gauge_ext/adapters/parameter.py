@@ -110,8 +110,8 @@ class LoRAParameter(AdaptedLayer):
             return torch.baddbmm(stack, left, right, alpha=self.scaling).view(weight.shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return ``W + s B A``, or the merged weight."""
-        return self.base_weight if self.merged else self.adapted()
+        """Return ``W + s B A``; the parameter as it is where that is merged, or the branch off."""
+        return self.adapted() if self.has_branch else self.base_weight
 
     def to_base(self) -> nn.Module:
         """Take the adapter off its owner, with the weight of the moment, and return the owner."""
@@ -143,7 +143,7 @@ class LoRAHolder(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns with ``W + s B A`` in the place of W."""
         there = vars(self)
-        adapted = {name: m() for name, m in self.parameter_adapters().items() if not m.merged}
+        adapted = {name: m() for name, m in self.parameter_adapters().items() if m.has_branch}
         # An attribute of the object is found before a registered parameter of that name.
         there.update(adapted)
         try:

@@ -27,7 +27,9 @@ class AdapterParts(nn.Module):
         base_class: The class that the layer had before and will have again.
         scaling: s, applied to the product of the factors.
         dropout_p: The probability with which training drops an input of the branch.
-        merged: Whether the weight holds the update, so that ``forward`` leaves the branch out.
+        merged: Whether the weight holds the update.
+        has_branch: Whether ``forward`` adds the update: not while the weight holds it, nor while
+            the adapter is disabled.
         is_plain: Whether there is nothing but lora_A and lora_B: no magnitude (``lora_magnitude``,
             DoRA) and no bias of the branch (``lora_bias``).
     """
@@ -49,6 +51,7 @@ class AdapterParts(nn.Module):
     scaling: float
     dropout_p: float
     merged: bool
+    has_branch: bool
     is_plain: bool
     _factor_names: tuple[str, ...]
     _start_names: tuple[str, ...]

@@ -168,6 +168,8 @@ class LoRAQuantized(AdaptedLayer):
         if self.merged:
             return F.linear(x, cast("Tensor", self.weight), bias)
         y = cast("Tensor", type(self).base_class.forward(self, x))
+        if not self.has_branch:
+            return y
         lora_A, lora_B = self.factors()
         inputs = F.dropout(x, self.dropout_p, self.training).to(lora_A.dtype)
         update = F.linear(F.linear(inputs, lora_A), lora_B, self.branch_bias)

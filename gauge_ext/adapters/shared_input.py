@@ -80,7 +80,7 @@ class SharedInput:
             and all(
                 type(member) is type(first)
                 and member.is_plain
-                and not member.merged
+                and member.has_branch
                 and member.training == first.training
                 and member.dropout_p == first.dropout_p
                 and not member._forward_pre_hooks

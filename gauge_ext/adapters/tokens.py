@@ -55,7 +55,8 @@ class TrainedTokens(AdaptedLayer):
         self.register_buffer("indices", place, persistent=False)
         rows = weight.detach()[place].to(adapter_dtype(weight.dtype), copy=True)
         self.trainable_tokens_delta = nn.Parameter(rows)
-        self.scaling, self.dropout_p, self.merged, self.is_plain = 1.0, 0.0, False, False
+        self.scaling, self.dropout_p, self.is_plain = 1.0, 0.0, False
+        self.merged, self.has_branch = False, True
         self._kept = {}
         self._factor_names, self._start_names = ("trainable_tokens_delta",), ()
         for owner in owners:
@@ -74,10 +75,11 @@ class TrainedTokens(AdaptedLayer):
         return self.trainable_tokens_delta.shape[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the table with the rows in it, differentiable in them."""
+        """Return the table with the rows in it, differentiable in them, or the bare table."""
+        return self._with_rows() if self.has_branch else self.base_weight
+
+    def _with_rows(self) -> Tensor:
         weight = self.base_weight
-        if self.merged:
-            return weight
         return weight.index_copy(0, self.indices, self.trainable_tokens_delta.to(weight.dtype))
 
     def adapter_tensors(self) -> Mapping[str, Tensor]:
@@ -87,7 +89,7 @@ class TrainedTokens(AdaptedLayer):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """Return the table with the rows minus the one without, ``(vocab, dim)``."""
-        return self.forward() - self.base_weight
+        return self._with_rows() - self.base_weight
 
     @torch.no_grad()
     def merged_parameters(self, *, safe: bool = True) -> dict[str, Tensor]:
@@ -99,7 +101,7 @@ class TrainedTokens(AdaptedLayer):
         """
         if self.merged:
             raise AdapterStateError("the layer is merged already.", hint="Call unmerge() first.")
-        merged = self.forward()
+        merged = self._with_rows()
         if safe and not bool(merged.isfinite().all()):
             raise NonFiniteError("trainable_tokens_delta, or the table, holds NaN or infinity.")
         return {self.weight_name: merged}

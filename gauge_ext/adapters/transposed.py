@@ -60,6 +60,6 @@ class LoRATransposed(AdaptedLayer):
             ``(*batch, out)``.
         """
         weight = self.weight.mT
-        if self.merged:
+        if not self.has_branch:
             return F.linear(x, weight, self.bias)
         return branches.linear(self, x, weight, self.bias)

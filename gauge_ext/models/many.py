@@ -177,13 +177,25 @@ def use_adapters(
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Compute with the base alone for the length of a ``with``.
+    """Compute with the base alone for the length of a ``with``, whatever kind of layer is adapted.
+
+    Biases and whole modules that are trained (``bias``, ``modules_to_save``) belong to the base
+    here: they stay as they are.
 
     Raises:
         AdapterStateError: There are no adapters, or they are merged.
     """
-    with use_adapters(model, ()):
+    inner = unwrap(model)
+    attachment(inner)
+    _require_unmerged(inner)
+    working = [layer for layer in lora_layers(inner).values() if layer.has_branch]
+    for layer in working:
+        layer.has_branch = False
+    try:
         yield
+    finally:
+        for layer in working:
+            layer.has_branch = not layer.merged
 
 
 @contextmanager
