@@ -60,7 +60,10 @@ class LoRAMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
     def reason_against(cls, module: nn.Module) -> str | None:
         """Say why ``module`` cannot carry the adapter, or return None where it can."""
         if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
-            return "its key or value has another size than its query, and so weights of their own"
+            return (
+                "its key or value has another size than its query, and so weights of their own, "
+                "which target_parameters can name (q_proj_weight, k_proj_weight, v_proj_weight)"
+            )
         return super().reason_against(module)
 
     @classmethod

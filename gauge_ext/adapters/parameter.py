@@ -6,6 +6,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gauge_ext.adapters import inits
 from gauge_ext.adapters.dtypes import FLOAT_DTYPES
@@ -188,6 +189,8 @@ def reason_against_parameter(owner: nn.Module, name: str) -> str | None:
     """Say why the parameter ``name`` of ``owner`` cannot carry an adapter, or return None."""
     if isinstance(owner, AdaptedLayer):
         return "the module that holds it has an adapter itself"
+    if isinstance(owner, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads it from outside, and never calls its module"
     if "forward" in vars(owner):
         return "the forward of its module was replaced on the object (by hooks, perhaps)"
     weight = owner._parameters.get(name)
