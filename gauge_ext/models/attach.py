@@ -14,6 +14,7 @@ from gauge_ext.adapters import AdaptedLayer, Adapter, LoRAConfig, LowRankAdapter
 from gauge_ext.adapters.parameter import adapt_parameter
 from gauge_ext.errors import AdapterStateError, ConfigError
 from gauge_ext.models import fast_path, whole
+from gauge_ext.models.row_names import refuse_row_names
 from gauge_ext.models.targets import find_targets, nearest_hint
 from gauge_ext.models.tokens import train_tokens
 
@@ -232,6 +233,7 @@ def forget(model: nn.Module) -> None:
     """Undo :func:`record` on the model and below it, and switch fused paths on again."""
     for module in model.modules():
         vars(module).pop(ROSTER, None)
+        refuse_row_names(module)
         if (done := vars(module).pop(_KEY, None)) is not None:
             fast_path.restore(module, done.switches)
 

@@ -15,6 +15,7 @@ from gauge_ext.adapters.inits import starts_nonzero
 from gauge_ext.adapters.many import ManyLoRALinear
 from gauge_ext.errors import AdapterStateError, ConfigError, TargetError
 from gauge_ext.models.attach import ROSTER, attach, attachment, lora_layers, unwrap
+from gauge_ext.models.row_names import accept_row_names
 from gauge_ext.models.targets import find_targets, nearest_hint
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -204,6 +205,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
 
     All samples go through the model together, and through each layer in one call of
     :func:`gauge_ext.ops.lora_gather`, with weight 1 each and gradients to every adapter in use.
+    A model with named adapters takes the same list in each call, as it does in PEFT:
+    ``model(x, adapter_names=[...])``, where PEFT's ``"__base__"`` stands for None too.
 
     Args:
         model: A model with adapters, whose layers see the batch as their first dimension.
@@ -261,6 +264,7 @@ def _many(model: nn.Module, name: str | None = None) -> dict[str, ManyLoRALinear
                 "are for nn.Linear layers with two factors and nothing else.",
                 hint="Attach to linear layers alone, without DoRA, lora_bias or a nonzero start.",
             )
+    accept_row_names(model)
     return {
         path: ManyLoRALinear.adopt(cast("LoRALinear", layer), first)
         for path, layer in layers.items()
