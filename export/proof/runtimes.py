@@ -196,7 +196,9 @@ class _Node:
 
 def node_modules(package: str) -> Path | None:
     """The folder that npm put a package in: of NODE_PATH, here or above, or npm's global one."""
-    folders = [Path(part) for part in os.environ.get("NODE_PATH", "").split(os.pathsep) if part]
+    # Absolute, because node's require() takes a relative path for the name of a package.
+    given = os.environ.get("NODE_PATH", "").split(os.pathsep)
+    folders = [Path(part).absolute() for part in given if part]
     folders += [folder / "node_modules" for folder in (Path.cwd(), *Path.cwd().parents)]
     folders += [Path("/usr/lib/node_modules"), Path("/usr/local/lib/node_modules")]
     return next((folder for folder in folders if (folder / package).is_dir()), None)

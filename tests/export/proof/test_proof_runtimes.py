@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gauge_ext.errors import ConfigError, ExportError
 from gauge_ext.export import export_onnx
 from gauge_ext.export.proof.browser import Browser, Server
-from gauge_ext.export.proof.runtimes import RUNTIMES, missing, open_runtime
+from gauge_ext.export.proof.runtimes import RUNTIMES, missing, node_modules, open_runtime
 from gauge_ext.export.validate import validate_onnx
 
 
@@ -171,3 +171,8 @@ def test_where_npm_packages_are_looked_for(monkeypatch, tmp_path):
     assert "npm install onnxruntime-web" in str(missing(package))
     (tmp_path / "modules" / package).mkdir(parents=True)
     assert missing(package) is None
+    monkeypatch.setenv("NODE_PATH", "../../modules")
+    found = node_modules(package)
+    assert found is not None
+    assert found.is_absolute()
+    assert found.samefile(tmp_path / "modules")
