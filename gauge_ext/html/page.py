@@ -35,7 +35,7 @@ th { color: var(--soft); font-weight: 600; }
 figure { margin: .75rem 0 1rem; }
 figcaption { font-size: .9rem; margin-bottom: .35rem; }
 .bars { display: grid; grid-template-columns: fit-content(45%) minmax(4rem, 1fr) max-content;
-  gap: .3rem .6rem; align-items: center; font-size: .9rem; }
+  gap: .3rem .6rem; align-items: center; font-size: .9rem; overflow-wrap: anywhere; }
 .bars .track { position: relative; height: .9rem; background: var(--wash); }
 .bars .fill { position: absolute; inset: 0 auto 0 0; min-width: 1px; background: var(--c0); }
 .bars .fill.bad { background: var(--bad); }

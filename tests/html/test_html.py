@@ -142,3 +142,11 @@ def test_the_browser_tells_what_is_wrong_with_a_page(look):
     assert seen.scroll_width >= 900 > seen.client_width == 390
     assert any("outside.png" in line for line in seen.errors)  # a request that was blocked
     assert seen.counts == [1]
+
+
+def test_long_names_and_long_numbers_of_bars_fit_a_phone(look):
+    name = "base_model.model.layers.11.self_attention.query_projection"
+    rows = [Bar(name, 1.0, text="0.123 of 12345.6 (all but 0.5%)"), Bar(name, 2.0)]
+    seen = look(page("Bars", section("All", bars(rows, "shares"))), ".value")
+    assert seen.counts == [2]
+    assert seen.scroll_width <= seen.client_width
