@@ -45,7 +45,9 @@ class BasinCertificate:
         r"""Return the factor by which each step shrinks the distance, :math:`1 - 0.7\,\eta`.
 
         Args:
-            lr: The step size :math:`\eta`.
+            lr: The step size :math:`\eta` in the coordinates :math:`(B, A C^{1/2})`. On the plain
+                factors, a step of :math:`\eta / c` is the same one where C is c times the unit
+                matrix; for any other C nothing is proven of them.
 
         Raises:
             GeometryError: There is no certificate, or it does not cover this step size.
@@ -75,8 +77,9 @@ def certify_basin(
 
     .. math:: (\sqrt2 + 1)^{1/2}\, e \le 0.1\,(\sigma_r(\tilde X) - e)
 
-    is enough. It is proven for the factors :math:`(B, A C^{1/2})`, in every gauge, with no damping,
-    momentum or decay, in exact arithmetic; that the objective *is* quadratic is for the caller to
+    is enough. It is proven for ScaledGD on the factors :math:`(B, A C^{1/2})`, not on (B, A) (see
+    :meth:`BasinCertificate.rate`), in every gauge, with no damping, momentum or decay, in exact
+    arithmetic; that the objective *is* quadratic is for the caller to
     know. Nothing of the kind is known for the loss of a network.
 
     Args:
