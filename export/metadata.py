@@ -67,7 +67,7 @@ def provenance(model: nn.Module, extra: Mapping[str, str] | None = None) -> dict
     for key, value in (extra or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ConfigError(f"provenance must map text to text, got {key!r}: {value!r}.")
-        if key in said or key in {"parameters", "dynamic_dims", "validation"}:
+        if key in said or key in {"parameters", "dynamic_dims", "validation", "precision"}:
             raise ConfigError(f"provenance: {key!r} is written by gauge_ext itself.")
         said[key] = value
     return said
@@ -115,15 +115,18 @@ def append_metadata(path: Path, entries: Mapping[str, str]) -> None:
         file.write(more.SerializeToString())
 
 
-def summary(*reports: ValidationReport) -> dict[str, str]:
-    """What validation found, as metadata: ``validation``, JSON with runtime, cases and max_abs.
+def summary(*reports: ValidationReport, against: str = "torch") -> dict[str, str]:
+    """What running a graph found, as metadata: ``validation``, JSON.
 
-    The difference is rounded to one digit.
+    It holds runtime, cases, max_abs, rounded to one digit, and ``against``, what the graph was
+    compared with: ``torch``, or ``float32`` for a graph in fewer bits, which is compared with the
+    float32 graph that it was made from.
     """
     found = {
         "runtime": reports[0].runtime,
         "cases": sum(len(report.cases) for report in reports),
         "max_abs": f"{max(report.max_abs for report in reports):.0e}",
+        "against": against,
     }
     return {"validation": json.dumps(found)}
 

@@ -191,10 +191,15 @@ def export_onnx(
                     progress=steps.within(0.7, 1.0),
                 )
             found = replace(found, path=path)
-            report = _sign(report, draft, found)
             if not found.passed:
                 raise DisagreementError(found)
-        if precision != "fp32":
+        # What the file says of itself is what running it found, not what running another found.
+        signed = {}
+        if precision == "fp32":
+            if found is not None:
+                signed = summary(found)
+                append_metadata(draft, signed)
+        else:
             with steps.step("quantize", f"to {precision}", 0.9):
                 cases = make_cases(
                     source,
@@ -211,9 +216,10 @@ def export_onnx(
                 )
                 options = quantization or QuantizationOptions()
                 lost = quantize_in_place(draft, path, precision, options, feeds)
-            report = replace(report, provenance={**report.provenance, "precision": precision})
+            signed = lost.provenance
         report = replace(
             report,
+            provenance={**report.provenance, **signed},
             files=tuple(path.with_name(file.name) for file in sorted(folder.iterdir())),
             bytes_written=sum(file.stat().st_size for file in folder.iterdir()),
             quantization=lost,
@@ -276,14 +282,6 @@ def _save(graph: Graph, draft: Path, target: Path, external_data: bool | None) -
             alignment=_PAGE,
             align_threshold=_PAGE,
         )
-
-
-def _sign(report: ExportReport, draft: Path, found: ValidationReport) -> ExportReport:
-    """Writes what validation found into the file."""
-    said = summary(found)
-    append_metadata(draft, said)
-    size = sum(file.stat().st_size for file in draft.parent.iterdir())
-    return replace(report, provenance={**report.provenance, **said}, bytes_written=size)
 
 
 def _check(path: Path) -> None:

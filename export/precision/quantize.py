@@ -15,6 +15,7 @@ import numpy as np
 from gauge_ext.errors import ConfigError, GaugeError, ValidationError
 from gauge_ext.export.checks import require_packages
 from gauge_ext.export.disk.files import require_space, staged_files, write_errors
+from gauge_ext.export.metadata import PREFIX, append_metadata, summary
 from gauge_ext.export.precision.quantize_loss import (
     LayerLoss,
     layer_losses,
@@ -51,6 +52,8 @@ class QuantizationReport:
         layers: What each weight lost.
         kept: Weights that stayed in float32.
         cases: The outputs against those of the float32 graph; empty where there were no inputs.
+        provenance: The metadata that is the file's own and not that of the float32 file: its
+            precision and, where there were inputs, ``validation``.
         tolerance: The bar that the outputs had to pass; None if none was given.
     """
 
@@ -61,6 +64,7 @@ class QuantizationReport:
     layers: tuple[LayerLoss, ...]
     kept: tuple[str, ...]
     cases: tuple[CaseResult, ...]
+    provenance: dict[str, str]
     tolerance: Tolerance | None = None
 
     @property
@@ -86,7 +90,7 @@ class QuantizationReport:
         return min(found, default=None)
 
     def summary(self) -> dict[str, Any]:
-        """The figures in short, for the metadata."""
+        """The figures in short."""
         return {
             "weights": len(self.layers),
             "kept": len(self.kept),
@@ -258,7 +262,9 @@ def quantize_draft(
     except Exception as error:  # a class of protobuf, which has no public name
         raise ConfigError(f"{source} is not a whole ONNX file: {error}.") from error
     said = {entry.key: entry.value for entry in model.metadata_props}
-    if (already := said.get("gauge_ext.precision", "fp32")) != "fp32":
+    # What running the float32 graph found says nothing of this one.
+    said.pop(f"{PREFIX}validation", None)
+    if (already := said.pop(f"{PREFIX}precision", "fp32")) != "fp32":
         raise ConfigError(
             f"{source} is in {already} already.", hint="Quantize the float32 file it came from."
         )
@@ -267,11 +273,23 @@ def quantize_draft(
     with tempfile.TemporaryDirectory(dir=draft.parent) as work, write_errors(path):
         made = convert(model, Path(work) / "model.onnx", precision, options)
         layers, kept = layer_losses(exact, made)
-        _save(made, draft, path, said | {"gauge_ext.precision": precision})
+        _save(made, draft, path, said)
     del made
     found = output_losses(source, draft, cases, options.tolerance)
+    own = {"precision": str(precision)}
+    if found.cases:
+        own |= summary(found, against="float32")
+    append_metadata(draft, own)
     report = QuantizationReport(
-        path, precision, size, _file_size(draft), layers, kept, found, options.tolerance
+        path=path,
+        precision=precision,
+        bytes_before=size,
+        bytes_after=_file_size(draft),
+        layers=layers,
+        kept=kept,
+        cases=found.cases,
+        provenance=own,
+        tolerance=options.tolerance,
     )
     if not report.passed:
         raise QuantizationLossError(report)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gauge_ext.errors import ConfigError
-from gauge_ext.export.report import CaseResult
+from gauge_ext.export.report import CaseResult, ValidationReport
 from gauge_ext.export.tolerance import Tolerance
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def output_losses(
     quantized: Path,
     cases: Iterable[tuple[str, Mapping[str, int], Feeds]],
     tolerance: Tolerance | None,
-) -> tuple[CaseResult, ...]:
+) -> ValidationReport:
     """Runs both graphs on the same inputs and measures the second against the first.
 
     Args:
@@ -143,7 +143,8 @@ def output_losses(
     from gauge_ext.export.compare import compare
     from gauge_ext.export.validate import open_session
 
-    one, other = open_session(exact)[0], open_session(quantized)[0]
+    one, runtime = open_session(exact)
+    other, _ = open_session(quantized)
     names = [output.name for output in one.get_outputs()]
     bar = tolerance or Tolerance(relative=1e300, cosine=-1.0, top1=0.0)
     results = []
@@ -175,4 +176,4 @@ def output_losses(
                 )
             outputs.append(result)
         results.append(CaseResult(case, dict(sizes), tuple(outputs)))
-    return tuple(results)
+    return ValidationReport(quantized, runtime, tuple(results))

@@ -63,9 +63,9 @@ def test_names_and_shapes_count(mlp):
 
 def test_what_a_user_may_add(mlp):
     assert provenance(mlp, {"base": "MLP"})["base"] == "MLP"
-    for extra in ({"base_sha256": ""}, {"parameters": ""}, {"dynamic_dims": ""}):
+    for key in ("base_sha256", "parameters", "dynamic_dims", "validation", "precision"):
         with pytest.raises(ConfigError, match="is written by gauge_ext itself"):
-            provenance(mlp, extra)
+            provenance(mlp, {key: ""})
     with pytest.raises(ConfigError, match="must map text to text"):
         provenance(mlp, {"rank": 8})
 

@@ -39,6 +39,7 @@ def test_what_a_file_says(exported):
     assert said == report.provenance
     assert said["note"] == "mine"
     summary = json.loads(said["validation"])
+    assert summary["against"] == "torch"
     assert summary["cases"] == len(report.validation.cases)
     assert summary["runtime"] == report.validation.runtime
     assert float(summary["max_abs"]) == pytest.approx(report.validation.max_abs, rel=0.5, abs=1e-12)

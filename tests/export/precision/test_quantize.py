@@ -20,6 +20,7 @@ from gauge_ext.export import (
     Tolerance,
     export_onnx,
     quantize_onnx,
+    read_provenance,
 )
 
 WIDTH = 64
@@ -217,6 +218,50 @@ def test_after_the_merge(adapted, tmp_path):
     expected = exact(torch.from_numpy(case["ids"]))["pooled"].detach().numpy()
     found = run(path, case)[1]
     assert 1e-6 < np.abs(found - expected).max() < 0.5 * np.abs(expected).max()
+
+
+def test_a_file_says_what_running_it_found(adapted, tmp_path):
+    """And not what running the float32 graph found, which it was made from."""
+    model = adapted(Tokens(), target_modules=["up"])
+    path = tmp_path / "m.onnx"
+    axes = ({0: "batch", 1: "steps"},)
+    report = export_onnx(
+        model, (torch.randint(50, (3, 7)),), path, dynamic_shapes=axes, precision="int8"
+    )
+    said = read_provenance(path).graphs["m.onnx"]
+    assert said == report.provenance
+    summary = json.loads(said["validation"])
+    assert summary["against"] == "float32"
+    assert summary["cases"] == len(report.quantization.cases)
+    assert float(summary["max_abs"]) == pytest.approx(report.quantization.max_abs, rel=0.5)
+    assert float(summary["max_abs"]) > 10 * report.validation.max_abs
+
+
+def test_what_a_float32_file_says_is_not_carried_over(tmp_path):
+    """Without inputs nothing is known of the file in fewer bits; with them, what they gave."""
+    exact, path = tmp_path / "fp32.onnx", tmp_path / "m.onnx"
+    axes = ({0: "batch", 1: "steps"},)
+    export_onnx(Tokens(), (torch.randint(50, (3, 7)),), exact, dynamic_shapes=axes)
+    before = read_provenance(exact).graphs["fp32.onnx"]
+    assert json.loads(before.pop("validation"))["against"] == "torch"
+    report = quantize_onnx(exact, path, "int8")
+    assert read_provenance(path).graphs["m.onnx"] == before | {"precision": "int8"}
+    assert report.bytes_after == path.stat().st_size
+    report = quantize_onnx(exact, path, "int8", inputs=[feeds(1), feeds(2)])
+    assert report.bytes_after == path.stat().st_size
+    said = read_provenance(path).graphs["m.onnx"]
+    worst = max(
+        float(np.abs(y - z).max())
+        for case in (feeds(1), feeds(2))
+        for y, z in zip(run(exact, case), run(path, case), strict=True)
+    )
+    assert json.loads(said.pop("validation")) == {
+        "runtime": f"onnxruntime {onnxruntime.__version__} (CPU)",
+        "cases": 2,
+        "max_abs": f"{worst:.0e}",
+        "against": "float32",
+    }
+    assert said == before | {"precision": "int8"}
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
