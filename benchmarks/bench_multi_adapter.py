@@ -24,7 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from gauge_ext.adapters import LoRAConfig
-from gauge_ext.models.many import adapter_rows, add_adapter
+from gauge_ext.models.many import add_adapter
+from gauge_ext.models.working import adapter_rows
 from gauge_ext.ops import lora_gather
 
 BASE, OURS, MODULE, PEFT, BMM = "base", "lora_gather", "adapter_rows", "PEFT", "gather + bmm"

@@ -22,18 +22,16 @@ if TYPE_CHECKING:
         named_adapter_parameters,
     )
     from gauge_ext.models.fidelity import merge_fidelity, merge_stochastic
-    from gauge_ext.models.many import (
+    from gauge_ext.models.many import add_adapter, delete_adapter, rename_adapter
+    from gauge_ext.models.merge import merge, unmerge
+    from gauge_ext.models.roster import adapter_names
+    from gauge_ext.models.working import (
         active_adapters,
-        adapter_names,
         adapter_rows,
-        add_adapter,
-        delete_adapter,
         disable_adapters,
-        rename_adapter,
         set_adapters,
         use_adapters,
     )
-    from gauge_ext.models.merge import merge, unmerge
 else:
     __getattr__, __dir__ = deferred(__name__)
 

@@ -22,14 +22,13 @@ from gauge_ext.checkpoint.write import describe, write_adapter
 from gauge_ext.errors import AdapterFormatError, AdapterMismatchError, AdapterStateError
 from gauge_ext.models.attach import lora_layers, unwrap
 from gauge_ext.models.many import (
-    DEFAULT,
     adapter_factors,
-    adapter_names,
     add_adapter,
     delete_adapter,
     named_config,
     rename_adapter,
 )
+from gauge_ext.models.roster import DEFAULT, adapter_names
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -2,7 +2,8 @@
 
 :mod:`targets` finds the modules, :mod:`attach` puts adapters on them and off again, :mod:`merge`
 turns adapter and base into one weight and back, :mod:`regauge` changes the factors but not what
-they compute, :mod:`many` puts several adapters on one model and says which of them work,
+they compute, :mod:`many` puts several adapters on one model, of which :mod:`roster` knows the names
+and :mod:`working` says which work, in all calls or by an argument of one (:mod:`row_names`),
 :mod:`fidelity` measures what a merge keeps of an update, :mod:`fast_path` keeps torch's fused
 encoder layers from overlooking an adapter.
 """
@@ -25,21 +26,19 @@ from gauge_ext.models.attach import (
     named_adapter_parameters,
     whole_parameters,
 )
-from gauge_ext.models.many import (
+from gauge_ext.models.many import add_adapter, delete_adapter, rename_adapter
+from gauge_ext.models.merge import is_merged, merge, merged_copy, unmerge
+from gauge_ext.models.regauge import regauge_model, regauge_optimizer_state
+from gauge_ext.models.roster import adapter_names
+from gauge_ext.models.shared_inputs import group_shared_inputs, ungroup
+from gauge_ext.models.targets import TargetMatch, find_targets
+from gauge_ext.models.working import (
     active_adapters,
-    adapter_names,
     adapter_rows,
-    add_adapter,
-    delete_adapter,
     disable_adapters,
-    rename_adapter,
     set_adapters,
     use_adapters,
 )
-from gauge_ext.models.merge import is_merged, merge, merged_copy, unmerge
-from gauge_ext.models.regauge import regauge_model, regauge_optimizer_state
-from gauge_ext.models.shared_inputs import group_shared_inputs, ungroup
-from gauge_ext.models.targets import TargetMatch, find_targets
 
 if TYPE_CHECKING:
     # It shows its figures as a table, which nothing else here needs.

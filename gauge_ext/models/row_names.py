@@ -39,7 +39,7 @@ def _begin(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if ARGUMENT not in kwargs:
         return None
-    from gauge_ext.models.many import adapter_rows
+    from gauge_ext.models.working import adapter_rows
 
     names = kwargs[ARGUMENT]
     if names is not None:

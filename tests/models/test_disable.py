@@ -8,7 +8,7 @@ from torch import nn
 
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.models import adapter_parameters, attach, merge, unmerge
-from gauge_ext.models.many import disable_adapters
+from gauge_ext.models.working import disable_adapters
 
 
 def randomize(model: nn.Module) -> None:

@@ -14,7 +14,8 @@ from gauge_ext.adapters import LoRAConfig
 from gauge_ext.errors import AdapterStateError, NonFiniteError, TargetError
 from gauge_ext.models import adapter_parameters, attach, is_merged, lora_layers, merge, unmerge
 from gauge_ext.models.fidelity import LayerFidelity, merge_fidelity, merge_stochastic
-from gauge_ext.models.many import add_adapter, set_adapters
+from gauge_ext.models.many import add_adapter
+from gauge_ext.models.working import set_adapters
 
 
 def adapted(dtype: torch.dtype, share: float = 0.005) -> nn.Sequential:

@@ -16,15 +16,12 @@ from gauge_ext.adapters import LoRAConfig, LoRALinear
 from gauge_ext.checkpoint.many import load_adapters, save_adapters, swap_adapter
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError, TargetError
 from gauge_ext.models import adapter_parameters, attach, detach, merge, merged_copy, unmerge
-from gauge_ext.models.many import (
+from gauge_ext.models.many import adapter_factors, add_adapter, delete_adapter, rename_adapter
+from gauge_ext.models.roster import adapter_names
+from gauge_ext.models.working import (
     active_adapters,
-    adapter_factors,
-    adapter_names,
     adapter_rows,
-    add_adapter,
-    delete_adapter,
     disable_adapters,
-    rename_adapter,
     set_adapters,
     use_adapters,
 )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.errors import AdapterStateError
 from gauge_ext.models import adapter_parameters, detach
-from gauge_ext.models.many import add_adapter, use_adapters
+from gauge_ext.models.many import add_adapter
+from gauge_ext.models.working import use_adapters
 
 
 class Model(nn.Module):

@@ -1,0 +1,126 @@
+"""Which of the adapters on a model work: all the time, for a while, or for single rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from gauge_ext.errors import ConfigError
+from gauge_ext.models.attach import attachment, lora_layers, unwrap
+from gauge_ext.models.roster import active_pairs, many_layers, require_names, require_unmerged
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def active_adapters(model: nn.Module) -> dict[str, float]:
+    """Return the names of the adapters that work, with their weights."""
+    inner = unwrap(model)
+    return dict(active_pairs(inner)) if lora_layers(inner) else {}
+
+
+def set_adapters(model: ModelT, names: str | Iterable[str] | Mapping[str, float]) -> ModelT:
+    """Choose which adapters work; what they require of gradients is left alone.
+
+    Args:
+        model: A model with adapters.
+        names: One name, several, or names with weights: the update is the sum of the updates, each
+            times its weight. None at all: the base alone.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        AdapterStateError: There is no such adapter, or the adapters are merged.
+        ConfigError: A weight is not a finite number.
+    """
+    inner = unwrap(model)
+    weights = _weights(names)
+    require_names(inner, weights)
+    require_unmerged(inner)
+    for layer in many_layers(inner).values():
+        layer.active = tuple(weights.items())
+    return model
+
+
+@contextmanager
+def use_adapters(
+    model: nn.Module, names: str | Iterable[str] | Mapping[str, float]
+) -> Iterator[None]:
+    """Choose which adapters work for the length of a ``with``; see :func:`set_adapters`."""
+    before = active_adapters(model)
+    set_adapters(model, names)
+    try:
+        yield
+    finally:
+        set_adapters(model, before)
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Compute with the base alone for the length of a ``with``, whatever kind of layer is adapted.
+
+    Biases and whole modules that are trained (``bias``, ``modules_to_save``) belong to the base
+    here: they stay as they are.
+
+    Raises:
+        AdapterStateError: There are no adapters, or they are merged.
+    """
+    inner = unwrap(model)
+    attachment(inner)
+    require_unmerged(inner)
+    working = [layer for layer in lora_layers(inner).values() if layer.has_branch]
+    for layer in working:
+        layer.has_branch = False
+    try:
+        yield
+    finally:
+        for layer in working:
+            layer.has_branch = not layer.merged
+
+
+@contextmanager
+def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Give each sample of a batch an adapter of its own for the length of a ``with``.
+
+    All samples go through the model together, and through each layer in one call of
+    :func:`gauge_ext.ops.lora_gather`, with weight 1 each and gradients to every adapter in use.
+    A model with named adapters takes the same list in each call, as it does in PEFT:
+    ``model(x, adapter_names=[...])``, where PEFT's ``"__base__"`` stands for None too.
+
+    Args:
+        model: A model with adapters, whose layers see the batch as their first dimension.
+        names: For each sample the adapter, or None for the base alone.
+
+    Raises:
+        AdapterStateError: There is no such adapter, or the adapters are merged.
+    """
+    inner = unwrap(model)
+    used = tuple(dict.fromkeys(name for name in names if name is not None))
+    require_names(inner, used)
+    require_unmerged(inner)
+    layers = many_layers(inner)
+    for layer in layers.values():
+        own = tuple(name for name in used if name in layer.names)
+        place = {name: i for i, name in enumerate(own)}
+        chosen = [-1 if name is None else place.get(name, -1) for name in names]
+        layer.rows = own, torch.tensor(chosen, dtype=torch.int64)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.rows = None
+
+
+def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
+    if isinstance(names, str):
+        return {names: 1.0}
+    if not isinstance(names, Mapping):
+        return dict.fromkeys(names, 1.0)
+    for name, weight in names.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight - weight != 0:
+            raise ConfigError(f"the weight of {name!r} must be a finite number, got {weight!r}.")
+    return {name: float(weight) for name, weight in names.items()}
