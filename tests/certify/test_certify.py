@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,8 +69,9 @@ def test_no_basin_is_certified_falsely_on_seven_hundred_problems() -> None:
         b = point.B.clone().requires_grad_()
         a = (point.A @ half).requires_grad_()
         optimizer = ScaledGD([FactorPair(a, b)], lr=lr, damping=0.0)
+        # The error is at most (1 + .05) sqrt(2) times the distance, and that is within both bounds.
         sigma_r = float(torch.linalg.svdvals(goal)[r - 1])
-        bound = 1.5 * 0.1 * sigma_r
+        bound = 1.5 * min(found.distance_bound, 0.1 * sigma_r)
         for _ in range(4):
             optimizer.zero_grad()
             (0.5 * (b @ a - goal).square().sum()).backward()
@@ -78,6 +80,59 @@ def test_no_basin_is_certified_falsely_on_seven_hundred_problems() -> None:
             assert float((b.detach() @ a.detach() - goal).norm()) <= bound
     assert certified > 100
     assert outside > 100
+
+
+def rank_one_distance(b: Tensor, a: Tensor, target: Tensor) -> float:
+    """The distance from a target of rank 1, exactly: it is least at a root of a quartic."""
+    u, s, vh = torch.linalg.svd(target)
+    sigma, left, right = float(s[0]), s[0].sqrt() * u[:, 0], s[0].sqrt() * vh[0]
+    b, a = b.flatten(), a.flatten()
+    quartic = [float(b @ b), -float(b @ left), 0.0, float(a @ right), -float(a @ a)]
+    gauges = [float(q.real) for q in np.roots(quartic) if abs(q.imag) < 1e-12 * abs(q)]
+    squares = [(q * b - left).square().sum() + (a / q - right).square().sum() for q in gauges]
+    return math.sqrt(sigma * float(min(squares)))
+
+
+def test_each_step_shrinks_the_distance_by_the_rate() -> None:
+    certified = needed = 0
+    for seed in range(300):
+        draw, lr = Random(30_000 + seed), (0.1, 0.4, 0.6, 2 / 3)[seed % 4]
+        target = draw.low_rank(6, 5, 1, 1.0)
+        u, s, vh = torch.linalg.svd(target)
+        b, a = s[0].sqrt() * u[:, :1], s[0].sqrt() * vh[:1]
+        point = LoRAPoint(b + 0.02 * draw.normal(6, 1), a + 0.02 * draw.normal(1, 5))
+        found = certify_basin(point, point.product() - target, 1.0)
+        if not found.certified:
+            continue
+        certified += 1
+        before = rank_one_distance(point.B, point.A, target)
+        assert before <= found.distance_bound
+        b, a = point.B.clone().requires_grad_(), point.A.clone().requires_grad_()
+        (0.5 * (b @ a - target).square().sum()).backward()
+        ScaledGD([FactorPair(a, b)], lr=lr, damping=0.0).step()
+        after = rank_one_distance(b.detach(), a.detach(), target)
+        assert after <= found.rate(lr) * before
+        needed += after > (1 - lr) * before
+    assert certified > 100
+    assert needed > 20  # a rate of 1 - lr would be false
+
+
+def test_a_step_on_the_plain_factors_is_longer_by_the_curvature() -> None:
+    draw, lr = Random(5), 0.6
+    target = draw.low_rank(6, 5, 2, 2.0)
+    point = draw.factors(target + 1e-3 * draw.normal(6, 5), 2)
+    found = certify_basin(point, 3.0 * (point.product() - target), 3.0)
+    errors = {}
+    for size in (lr / 3.0, lr):
+        b, a = point.B.clone().requires_grad_(), point.A.clone().requires_grad_()
+        optimizer = ScaledGD([FactorPair(a, b)], lr=size, damping=0.0)
+        for _ in range(6):
+            optimizer.zero_grad()
+            (1.5 * (b @ a - target).square().sum()).backward()
+            optimizer.step()
+        errors[size] = math.sqrt(3.0) * float((b.detach() @ a.detach() - target).norm())
+    assert errors[lr / 3.0] <= 1.5 * found.rate(lr) ** 6 * found.distance_bound
+    assert errors[lr] > found.error
 
 
 def test_no_local_rate_is_certified_falsely_on_three_hundred_problems() -> None:

@@ -73,11 +73,13 @@ def test_it_holds_for_one_call_also_where_that_fails(model: Model) -> None:
 
 
 def test_without_adapters_the_argument_is_gone(model: Model) -> None:
-    detach(model)
-    with pytest.raises(TypeError, match="adapter_names"):
-        model(X, adapter_names=NAMES)
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
+    twin = copy.deepcopy(model)
+    for found in (model, twin):
+        detach(found)
+        with pytest.raises(TypeError, match="adapter_names"):
+            found(X, adapter_names=NAMES)
+        assert not found._forward_hooks
+        assert not found._forward_pre_hooks
 
 
 def test_the_list_of_peft(model: Model) -> None:
