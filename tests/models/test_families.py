@@ -30,6 +30,9 @@ TOKENS = torch.randint(3, 40, (2, 5), generator=torch.Generator().manual_seed(0)
 WORDS = {"input_ids": TOKENS}
 PAIRS = {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
 PIXELS = {"pixel_values": torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+HEARING = {"num_mel_bins": 4, "max_source_positions": 6, "max_target_positions": 8}
+MELS = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))
+SOUNDS = {"input_features": MELS, "decoder_input_ids": TOKENS}
 
 # (class, config, numbers, inputs, sizes of the groups)
 MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Tensor], list[int]]] = {
@@ -46,9 +49,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Tensor], list[int]]]
     "qwen2": ("Qwen2Model", "Qwen2Config", GROUPED, WORDS, [2, 3]),
     "mistral": ("MistralModel", "MistralConfig", GROUPED, WORDS, [2, 3]),
     "gemma": ("GemmaModel", "GemmaConfig", {**GROUPED, "head_dim": 4}, WORDS, [2, 3]),
+    "phi": ("PhiModel", "PhiConfig", {**SIZES, "num_attention_heads": 2}, WORDS, [3]),
     "vit": ("ViTModel", "ViTConfig", VIT, PIXELS, [3]),
     "t5": ("T5Model", "T5Config", T5, PAIRS, [2, 2, 2, 3, 3]),
     "bart": ("BartModel", "BartConfig", FEW, PAIRS, [2, 3, 3]),
+    "whisper": ("WhisperModel", "WhisperConfig", {**FEW, **HEARING}, SOUNDS, [2, 3, 3]),
 }
 
 
@@ -89,6 +94,8 @@ def test_only_siblings_are_grouped_and_the_query_of_cross_attention_is_not() -> 
         ("a.q_proj", "a.v_proj")
     ]
     assert sibling_groups(["x.encoder_attn.q_proj", "x.encoder_attn.v_proj"]) == []
+    diffusers = [f"{block}.to_{name}" for block in ("attn1", "attn2") for name in "qkv"]
+    assert sibling_groups(diffusers) == [tuple(diffusers[:3]), tuple(diffusers[4:])]
     assert sibling_groups(["v", "w3", "q", "w1"]) == [("q", "v"), ("w1", "w3")]
 
 
