@@ -61,10 +61,11 @@ class Buffer {
   c10::DataPtr memory_;
 };
 
-// Calls body with a value of the storage type that stands for x's dtype.
+// Calls body with a value of the storage type that stands for the tensor's dtype. `name` is what
+// the reader calls the tensor, `advice` what an error ends with.
 template <typename F>
-auto dispatch_dtype(const at::Tensor& x, const F& body) {
-  switch (x.scalar_type()) {
+auto dispatch_dtype(const at::Tensor& tensor, const char* name, const char* advice, const F& body) {
+  switch (tensor.scalar_type()) {
     case at::kFloat:
       return body(float());
     case at::kDouble:
@@ -72,9 +73,14 @@ auto dispatch_dtype(const at::Tensor& x, const F& body) {
     case at::kBFloat16:
       return body(BFloat16Bits());
     default:
-      TORCH_CHECK(false, "x must be float32, float64 or bfloat16 on the CPU, got ", x.scalar_type(),
-                  "; convert the model, for example with model.float()");
+      TORCH_CHECK(false, name, " must be float32, float64 or bfloat16 on the CPU, got ",
+                  tensor.scalar_type(), advice);
   }
+}
+
+template <typename F>
+auto dispatch_dtype(const at::Tensor& x, const F& body) {
+  return dispatch_dtype(x, "x", "; convert the model, for example with model.float()", body);
 }
 
 template <typename scalar_t>

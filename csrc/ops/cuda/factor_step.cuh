@@ -23,50 +23,41 @@ int vectors_of_block(int64_t max_rank) {
 }
 static_assert(kVectorNumbers<double> / kLargestFactorRank > 1);
 
+// Numbers j to j + 3 of Tᵀ v for a triangular T, whose column j has entries in rows [first, end)
+template <typename acc_t>
+__device__ __forceinline__ void
+times_four(acc_t* v, int apart, const acc_t* t, int64_t r, int64_t j, int64_t first, int64_t end) {
+  const int64_t stride = padded_rank(r);
+  acc_t sum[4] = {};
+  for (int64_t k = first; k < end; ++k) {
+    const auto four = *reinterpret_cast<const Pack<acc_t, 4>*>(t + k * stride + j);
+    const acc_t x = v[k * apart];
+    GAUGE_EXT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      sum[i] += x * four.values[i];
+    }
+  }
+  GAUGE_EXT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (j + i < r) {
+      v[(j + i) * apart] = sum[i];
+    }
+  }
+}
+
 // v ← Eᵀ v for an upper triangular E, from the last four numbers to the first
 template <typename acc_t>
 __device__ __forceinline__ void times_upper(acc_t* v, int apart, const acc_t* e, int64_t r) {
-  const int64_t stride = padded_rank(r);
-  for (int64_t j = stride - 4; j >= 0; j -= 4) {
-    acc_t sum[4] = {};
-    const int64_t end = j + 4 < r ? j + 4 : r;
-    for (int64_t k = 0; k < end; ++k) {
-      const auto four = *reinterpret_cast<const Pack<acc_t, 4>*>(e + k * stride + j);
-      const acc_t x = v[k * apart];
-      GAUGE_EXT_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        sum[i] += x * four.values[i];
-      }
-    }
-    GAUGE_EXT_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (j + i < r) {
-        v[(j + i) * apart] = sum[i];
-      }
-    }
+  for (int64_t j = padded_rank(r) - 4; j >= 0; j -= 4) {
+    times_four(v, apart, e, r, j, 0, j + 4 < r ? j + 4 : r);
   }
 }
 
 // v ← Lᵀ v for a lower triangular L, from the first four numbers to the last
 template <typename acc_t>
 __device__ __forceinline__ void times_lower(acc_t* v, int apart, const acc_t* l, int64_t r) {
-  const int64_t stride = padded_rank(r);
   for (int64_t j = 0; j < r; j += 4) {
-    acc_t sum[4] = {};
-    for (int64_t k = j; k < r; ++k) {
-      const auto four = *reinterpret_cast<const Pack<acc_t, 4>*>(l + k * stride + j);
-      const acc_t x = v[k * apart];
-      GAUGE_EXT_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        sum[i] += x * four.values[i];
-      }
-    }
-    GAUGE_EXT_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (j + i < r) {
-        v[(j + i) * apart] = sum[i];
-      }
-    }
+    times_four(v, apart, l, r, j, j, r);
   }
 }
 
