@@ -141,11 +141,11 @@ def check_provenance(
 def _metadata(path: Path) -> dict[str, str]:
     require_packages("onnx")
     import onnx
+    from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    # protobuf's own errors derive from Exception alone.
-    except Exception as error:
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
+    except (OSError, DecodeError) as error:
         raise ConfigError(f"{path} is not an ONNX file: {error}.") from error
     found: Mapping[str, str] = {entry.key: entry.value for entry in model.metadata_props}
     said = {

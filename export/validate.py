@@ -143,7 +143,8 @@ def validate_onnx(
         }
         try:
             found = run(output_names, feeds | fixed)
-        # onnxruntime's exceptions have no common base but Exception.
+        # Any runtime may run here, and onnxruntime's exceptions have no common base but Exception.
+        # What it says is the result of this case, which fails the report.
         except Exception as error:
             results.append(CaseResult(case.name, case.sizes, (), str(error).strip()))
             continue
@@ -192,9 +193,9 @@ def open_session(path: Path) -> tuple[Any, str]:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
-    # onnxruntime's exceptions have no common base but Exception.
+    # onnxruntime's exceptions have no common base but Exception. They are raised on with their
+    # words, which name the file that was run; in an export it is a draft that is gone by now.
     except Exception as error:
-        # Its words name the file that was run, which in an export is a draft that is gone by now.
         words = str(error).strip().replace(str(path), path.name)
         raise ExportError(
             f"onnxruntime cannot load {path.name}: {words}",
@@ -227,7 +228,7 @@ def _run_torch(model: nn.Module, case: Case) -> list[tuple[str, Tensor]]:
     try:
         with torch.no_grad():
             result = model(*inputs.args, **inputs.kwargs)
-    # Whatever the user's own forward raises.
+    # The user's own forward may raise anything; it is raised on with its class and its words.
     except Exception as error:
         sizes = ", ".join(f"{name}={size}" for name, size in case.sizes.items())
         raise ConfigError(

@@ -167,12 +167,13 @@ def read_table(graph: Path) -> AdapterTable:
         ConfigError: there is no such file, it is no ONNX file, or it has no adapter inputs.
     """
     import onnx
+    from google.protobuf.message import DecodeError
 
     if not graph.is_file():
         raise ConfigError(f"there is no file {graph}.", hint="Give the path of an ONNX file.")
     try:
-        model = onnx.load(str(graph), load_external_data=False)
-    except Exception as error:  # a class of protobuf, which has no public name
+        model = onnx.load(str(graph), format="protobuf", load_external_data=False)
+    except (OSError, DecodeError) as error:
         raise ConfigError(f"{graph} is not a whole ONNX file: {error}.") from error
     table = AdapterTable.from_metadata({entry.key: entry.value for entry in model.metadata_props})
     if table is None:

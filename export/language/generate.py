@@ -294,7 +294,7 @@ def _open(path: Path, options: Any, providers: Sequence[str]) -> Any:
         options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-    # onnxruntime's exceptions have no common base but Exception.
+    # onnxruntime's exceptions have no common base but Exception; they are raised on.
     except Exception as error:
         raise ExportError(f"onnxruntime cannot load {path}: {error}") from error
     if not any(value.name.startswith("past_key_values.") for value in session.get_inputs()) and (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gauge_ext.errors import ConfigError, GaugeError, ValidationError
+from gauge_ext.errors import ConfigError, ValidationError
 from gauge_ext.export.checks import require_packages
 from gauge_ext.export.disk.files import require_space, staged_files, write_errors
 from gauge_ext.export.metadata import PREFIX, append_metadata, summary
@@ -252,15 +252,15 @@ def quantize_draft(
         cases: Inputs to compare both on.
     """
     import onnx
+    from google.protobuf.message import DecodeError
 
     try:
         size = _file_size(source)
-        require_space(path, size)
-        model = onnx.load(str(source))
-    except GaugeError:
-        raise
-    except Exception as error:  # a class of protobuf, which has no public name
+        model = onnx.load(str(source), format="protobuf")
+    # The last two are of weights beside the file that are missing, outside its folder or cut short.
+    except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
         raise ConfigError(f"{source} is not a whole ONNX file: {error}.") from error
+    require_space(path, size)
     said = {entry.key: entry.value for entry in model.metadata_props}
     # What running the float32 graph found says nothing of this one.
     said.pop(f"{PREFIX}validation", None)
@@ -325,7 +325,7 @@ def _file_size(path: Path) -> int:
     """The size of an ONNX file with its external data."""
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
+    model = onnx.load(str(path), format="protobuf", load_external_data=False)
     files = {
         entry.value
         for tensor in model.graph.initializer

@@ -158,6 +158,7 @@ def output_losses(
             ) from error
         try:
             found = other.run(names, dict(feeds))
+        # As above. What it says is the result of this case, which fails the report.
         except Exception as error:
             results.append(CaseResult(case, dict(sizes), (), str(error).strip()))
             continue

@@ -104,6 +104,43 @@ def test_a_baked_batch_size_is_found(linear, tmp_path):
     assert any("onnxruntime refused to run" in line for line in report.failures)
 
 
+class Refusal(Exception):
+    """Of nobody's family, as onnxruntime's own exceptions are."""
+
+
+def test_what_a_runtime_raises_fails_the_case_and_is_shown(linear, tmp_path):
+    class Fails:
+        name = "somebody's runtime 1.0"
+        seconds = None
+
+        def run(self, outputs, feeds):
+            if len(feeds["x"]) == 1:
+                raise Refusal("one row is too few")
+            return [linear(torch.from_numpy(feeds["x"])).detach().numpy()]
+
+    path = write_linear(tmp_path / "m.onnx", linear)
+    report = validate_onnx(path, linear, (torch.randn(2, 4),), random_cases=0, runtime=Fails())
+    assert {case.name: case.error for case in report.cases} == {
+        "example": None,
+        "smallest": "one row is too few",
+        "larger": None,
+    }
+    assert not report.passed
+    (line,) = report.failures
+    assert "one row is too few" in line
+
+
+def test_what_the_model_itself_raises_is_shown(linear, tmp_path):
+    class Fails(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise Refusal("not today")
+
+    path = write_linear(tmp_path / "m.onnx", linear)
+    with pytest.raises(ConfigError, match=r"case 'example'.*: Refusal: not today") as caught:
+        validate_onnx(path, Fails(4, 3), (torch.randn(2, 4),))
+    assert isinstance(caught.value.__cause__, Refusal)
+
+
 def test_the_narrowest_dtype_sets_the_bar(tmp_path):
     class Mixed(nn.Module):
         def __init__(self, inner: nn.Linear) -> None:
@@ -153,7 +190,7 @@ def test_files_that_are_no_graphs(linear, tmp_path):
     with pytest.raises(ConfigError, match="there is no file"):
         validate_onnx(tmp_path / "m.onnx", linear, (torch.randn(2, 4),))
     (tmp_path / "m.onnx").write_text("not a graph")
-    with pytest.raises(ExportError, match=r"cannot load m\.onnx") as caught:
+    with pytest.raises(ExportError, match=r"cannot load m\.onnx: .*parsing failed") as caught:
         validate_onnx(tmp_path / "m.onnx", linear, (torch.randn(2, 4),))
     assert str(tmp_path) not in str(caught.value)
 

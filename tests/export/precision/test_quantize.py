@@ -341,8 +341,18 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="no file"):
             quantize_onnx(tmp_path / "none.onnx", out, "int8")
         (tmp_path / "bad.onnx").write_bytes(b"bad")
-        with pytest.raises(ConfigError, match=r"bad\.onnx"):
+        with pytest.raises(ConfigError, match=r"bad\.onnx is not a whole ONNX file"):
             quantize_onnx(tmp_path / "bad.onnx", out, "int8")
+        beside = tmp_path / "beside.onnx"
+        onnx.save(onnx.load(made), beside, save_as_external_data=True, location="weights")
+        for spoil, why in (
+            (lambda file: file.write_bytes(b"short"), "exceeds available data"),
+            (Path.unlink, "is not regular file|doesn't exist"),
+        ):
+            spoil(tmp_path / "weights")
+            with pytest.raises(ConfigError, match=rf"beside\.onnx is not a whole.*({why})"):
+                quantize_onnx(beside, out, "int8")
+        assert not out.exists()
         with pytest.raises(ConfigError, match="refuses the inputs 'input 1'"):
             quantize_onnx(made, out, "int8", inputs=[{"x": np.zeros(3)}])
         quantize_onnx(made, out, "int8")
