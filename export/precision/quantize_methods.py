@@ -77,8 +77,8 @@ class QuantizationOptions:
     tolerance: Tolerance | None = None
 
 
-def require_precision(precision: str, options: QuantizationOptions) -> None:
-    """Refuses what cannot be done, before any work.
+def require_precision(precision: str, options: QuantizationOptions) -> Precision:
+    """Refuses what cannot be done, before any work, and returns the precision.
 
     Raises:
         ConfigError: the precision is unknown, cannot run, or lacks what it needs.
@@ -102,6 +102,7 @@ def require_precision(precision: str, options: QuantizationOptions) -> None:
         )
     if options.block_size not in {16, 32, 64, 128, 256}:
         raise ConfigError(f"block_size must be 16, 32, 64, 128 or 256, got {options.block_size!r}.")
+    return precision
 
 
 def prepare(model: onnx.ModelProto, precision: Precision) -> None:

@@ -107,7 +107,7 @@ class _OpenVino:
     """OpenVINO on the CPU, told to compute in float32: by default it rounds to bfloat16."""
 
     def __init__(self, path: Path) -> None:
-        import openvino  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        import openvino
 
         self.seconds: float | None = None
         self.name: str = f"openvino {openvino.__version__.split('-')[0]} (CPU, f32)"

@@ -104,15 +104,14 @@ class SharedInput:
 def _compute(members: Sequence[LoRALinear], x: Tensor) -> list[Tensor]:
     first = members[0]
     dropout_p = first.dropout_p if first.training else 0.0
-    weights, biases, lora_As, lora_Bs = (
-        [member._parameters[name] for member in members] for name in _PARAMETERS
-    )
+    tables: list[dict[str, Any]] = [member._parameters for member in members]
+    weights, biases, lora_As, lora_Bs = ([p[name] for p in tables] for name in _PARAMETERS)
     return ops.lora_linear_group(
         x,
-        weights,  # type: ignore[arg-type]
+        weights,
         biases,
-        lora_As,  # type: ignore[arg-type]
-        lora_Bs,  # type: ignore[arg-type]
+        lora_As,
+        lora_Bs,
         [member.scaling for member in members],
         dropout_p,
         [ops.draw_seed() for _ in members] if dropout_p > 0.0 else (),

@@ -164,7 +164,7 @@ def export(
     """
     single = task is Task.PLAIN or (task is Task.AUTO and out.suffix == ".onnx")
     _check_targets(out, report_file)
-    quantization = quantization_options(
+    stored, quantization = quantization_options(
         precision, block_size, keep, calibration, reduce_range, min_cosine, max_loss
     )
     chosen: str | list[str] | None = targets
@@ -174,7 +174,7 @@ def export(
     if not single and (task is not Task.AUTO or kind_of(loaded.model) is not None):
         only_for_single = {
             "--mode": mode is Mode.ADAPTERS,
-            "--precision": precision.value != "fp32",
+            "--precision": stored != "fp32",
             "--batch": batch is not None,
             "--sequence": sequence is not None,
             "--static": not dynamic,
@@ -220,7 +220,7 @@ def export(
                 seed=seed,
                 mode=mode.value,
                 adapter_targets=chosen,
-                precision=precision.value,  # type: ignore[arg-type]
+                precision=stored,
                 quantization=quantization,
                 adapter_form=adapter_form.value,
                 adapter_precision=None if adapter_precision is None else adapter_precision.value,

@@ -15,6 +15,7 @@ from gauge_ext.errors import ConfigError, ValidationError, WriteError
 
 if TYPE_CHECKING:
     from gauge_ext.export import QuantizationOptions
+    from gauge_ext.export.precision.quantize_methods import Precision
 
 
 @explains_errors
@@ -64,7 +65,7 @@ def quantize(
         raise OptionError("FILE", f"no such file: {str(file)!r}.", hint="Give an .onnx file.")
     if precision is options.Precision.FP32:
         raise OptionError("--precision", "fp32 is what the file is in.", hint="Choose another.")
-    chosen = quantization_options(
+    stored, chosen = quantization_options(
         precision, block_size, keep, calibration, reduce_range, min_cosine, max_loss
     )
     measured = [_read(path, "--inputs") for path in inputs or ()]
@@ -75,7 +76,7 @@ def quantize(
     blamed: dict[type[Any], str] = {WriteError: "--out"}
     blamed[ValidationError] = "--max-loss" if min_cosine is None else "--min-cosine"
     with working(f"to {precision.value}"), blame("FILE", blamed):
-        report = quantize_onnx(file, out, precision.value, inputs=measured, options=chosen)  # type: ignore[arg-type]
+        report = quantize_onnx(file, out, stored, inputs=measured, options=chosen)
     if report_file is not None:
         write_text(report_file, report.to_json() + "\n", "--report")
     if as_json:
@@ -92,8 +93,11 @@ def quantization_options(
     reduce_range: bool,
     min_cosine: float | None,
     max_loss: float | None,
-) -> QuantizationOptions | None:
-    """Collect the options about fewer bits; None where none is given for fp32.
+) -> tuple[Precision, QuantizationOptions | None]:
+    """Collect the options about fewer bits.
+
+    Returns:
+        How the weights are stored, and the options; None for fp32.
 
     Raises:
         OptionError: They do not go together, or a file is no set of inputs.
@@ -110,7 +114,7 @@ def quantization_options(
         for option, value in given.items():
             if value is not None:
                 raise OptionError(option, "it is about --precision, which is fp32.")
-        return None
+        return "fp32", None
     from gauge_ext.export.precision.quantize_methods import QuantizationOptions, require_precision
     from gauge_ext.export.tolerance import Tolerance
 
@@ -129,13 +133,12 @@ def quantization_options(
         tolerance=tolerance,
     )
     try:
-        require_precision(precision.value, chosen)
+        return require_precision(precision.value, chosen), chosen
     except ConfigError as error:
         option = "--block-size" if "block_size" in error.message else "--precision"
         if "int8-static" in error.message:
             option = "--calibration"
         raise OptionError(option, error.message, hint=error.hint) from error
-    return chosen
 
 
 def _read(path: Path, option: str) -> dict[str, Any]:
