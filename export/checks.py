@@ -51,6 +51,8 @@ def require_exportable(model: nn.Module, inputs: BoundInputs) -> None:
     """
     import torch
 
+    from gauge_ext.adapters.quantized import is_encoded
+
     tensors: list[tuple[str, torch.Tensor]]
     tensors = [*model.named_parameters(), *model.named_buffers()]
     tensors += zip(inputs.names, inputs.tensors, strict=True)
@@ -62,6 +64,8 @@ def require_exportable(model: nn.Module, inputs: BoundInputs) -> None:
             hint="Convert a copy of the model first: model.float(), or model.half() for half size.",
         )
     for name, parameter in model.named_parameters():
+        if is_encoded(parameter):  # codes are finite, and torchao's tensors have no isfinite
+            continue
         if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
             count = int((~parameter.isfinite()).sum())
             raise NonFiniteError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gauge_ext._version import __version__
 from gauge_ext.adapters import WrappedAdapter
+from gauge_ext.adapters.quantized import is_encoded
 from gauge_ext.checkpoint import adapter_sha256
 from gauge_ext.errors import ConfigError
 from gauge_ext.export.disk.files import write_errors
@@ -148,10 +149,10 @@ def read_bounds(metadata: Mapping[str, str]) -> Bounds:
 def base_sha256(model: nn.Module) -> str | None:
     """The SHA-256 of a model's state dict without adapters, in hexadecimal.
 
-    It covers names, dtypes, shapes and bytes, sorted by name: those that the plain model has, also
-    where a :class:`~gauge_ext.adapters.WrappedAdapter` stands in a layer's place. Merged layers
-    count with the weight they had before; None where a layer did not keep it
-    (``merge(keep_base=False)``).
+    It covers names, dtypes, shapes and bytes (of a weight in few bits: those of its numbers, as its
+    library decodes them), sorted by name: those that the plain model has, also where a
+    :class:`~gauge_ext.adapters.WrappedAdapter` stands in a layer's place. Merged layers count with
+    the weight they had before; None where a layer did not keep it (``merge(keep_base=False)``).
     """
     layers = lora_layers(model)
     attached = attached_modules(model)
@@ -193,6 +194,8 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if is_encoded(tensor):  # its library keeps the codes where no view can reach them
+            tensor = tensor.dequantize()
         # Any dtype is bytes to numpy; a 0-dim tensor cannot be viewed as such.
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)

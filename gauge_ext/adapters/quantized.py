@@ -59,8 +59,7 @@ def _reader_for(kind: type[nn.Module], weight: object) -> Callable[[nn.Module], 
     exchanges the layer.
     """
     if kind is nn.Linear:
-        own = isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize
-        return _weight_of_torchao if own else None
+        return _weight_of_torchao if isinstance(weight, Tensor) and is_encoded(weight) else None
     if any(
         k.__name__ == "Linear4bit" and k.__module__.startswith("bitsandbytes.")
         for k in kind.__mro__
@@ -68,6 +67,11 @@ def _reader_for(kind: type[nn.Module], weight: object) -> Callable[[nn.Module], 
         return _weight_of_bitsandbytes
     has_sizes = issubclass(kind, nn.Module) and callable(getattr(kind, "dequantize", None))
     return _weight_of_own if has_sizes else None
+
+
+def is_encoded(tensor: Tensor) -> bool:
+    """Say whether ``tensor`` holds codes of numbers, which ``tensor.dequantize()`` decodes."""
+    return type(tensor).dequantize is not Tensor.dequantize
 
 
 class LoRAQuantized(AdaptedLayer):
@@ -173,9 +177,11 @@ class LoRAQuantized(AdaptedLayer):
         lora_A, lora_B = self.factors()
         inputs = F.dropout(x, self.dropout_p, self.training).to(lora_A.dtype)
         update = F.linear(F.linear(inputs, lora_A), lora_B, self.branch_bias)
+        # torch.add(..., alpha=) is one pass less, but inductor of torch 2.13 loses an alpha beside a
+        # product of matrices: compiled, the layer would add the update without its scaling.
         if not self.has_magnitude:
-            return torch.add(y, update.to(y.dtype), alpha=self.scaling)
+            return y + (update * self.scaling).to(y.dtype)
         # DoRA scales W x and its update, and not the bias.
         product = y if bias is None else y - bias
-        scaled = self.gain() * torch.add(product, update, alpha=self.scaling)
+        scaled = self.gain() * (product + update * self.scaling)
         return (scaled if bias is None else scaled + bias).to(y.dtype)

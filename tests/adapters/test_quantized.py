@@ -120,6 +120,51 @@ def test_forward_and_backward_are_those_of_the_decoded_weight(base: nn.Sequentia
     assert trained == ["0.lora_A", "0.lora_B"]
 
 
+@pytest.mark.filterwarnings("ignore:<enum 'KernelPreference'>")
+def test_compiled_it_is_the_same(base: nn.Sequential) -> None:
+    x = torch.randn(5, IN)
+    weight, bias = decoded(base[0]), base[0].bias.detach()
+    gauge_ext.attach(base, LoRAConfig(rank=RANK, alpha=8, target_modules=["0"]))
+    a, b = factors(base[0])
+    expected = x @ (weight + 2.0 * b @ a).mT + bias
+    torch._dynamo.reset()
+    y = torch.compile(base)(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_activations_on_float32_factors() -> None:
+    linear = nn.Linear(IN, OUT)
+    model = nn.Sequential(own(linear))
+    for name in ("scale", "bias"):
+        tensor = getattr(model[0], name)
+        tensor.data = tensor.data.to(torch.bfloat16)
+    x = torch.randn(5, IN, dtype=torch.bfloat16)
+    plain = model(x).detach()
+    config = LoRAConfig(RANK, alpha=8, target_modules=["0"], adapter_dtype=torch.float32)
+    gauge_ext.attach(model, config)
+    a, b = factors(model[0])
+    y = model(x)
+    assert y.dtype == torch.bfloat16
+    expected = plain.double() + 2.0 * x.double() @ a.double().mT @ b.double().mT
+    torch.testing.assert_close(y.double(), expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("make", [int8, int4, nf4])
+def test_an_onnx_file_has_the_decoded_weight_with_the_update(make: Make, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from gauge_ext.export import export_onnx
+
+    model, x = nn.Sequential(make(nn.Linear(IN, OUT))), torch.randn(5, IN)
+    weight, bias = decoded(model[0]), model[0].bias.detach()
+    gauge_ext.attach(model, LoRAConfig(rank=RANK, alpha=8, target_modules=["0"]))
+    a, b = factors(model[0])
+    export_onnx(model.eval(), (x,), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = x @ (weight + 2.0 * b @ a).mT + bias
+    torch.testing.assert_close(torch.from_numpy(y), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_bias_of_the_branch(base: nn.Sequential) -> None:
     x = torch.randn(5, IN)
     weight, bias = decoded(base[0]), base[0].bias.detach()
