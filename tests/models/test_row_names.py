@@ -13,7 +13,7 @@ from gauge_ext.adapters import LoRAConfig
 from gauge_ext.errors import AdapterStateError
 from gauge_ext.models import adapter_parameters, detach
 from gauge_ext.models.many import add_adapter
-from gauge_ext.models.working import use_adapters
+from gauge_ext.models.working import disable_adapters, use_adapters
 
 
 class Model(nn.Module):
@@ -99,3 +99,18 @@ def test_the_list_of_peft(model: Model) -> None:
     torch.testing.assert_close(
         model.eval()(X, adapter_names=names), theirs.eval()(X, adapter_names=names)
     )
+
+
+# Dynamo itself looks at the .grad of an output, where the hook after the forward breaks the graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_compiled_it_is_the_same(model: Model) -> None:
+    expected, usual = one_by_one(model), model(X)
+    with disable_adapters(model):
+        plain = model(X)
+    torch._dynamo.reset()
+    compiled = torch.compile(model)
+    torch.testing.assert_close(compiled(X), usual)
+    torch.testing.assert_close(compiled(X, adapter_names=NAMES), expected)
+    with disable_adapters(model):
+        torch.testing.assert_close(compiled(X), plain)
+    torch.testing.assert_close(compiled(X), usual)
