@@ -18,8 +18,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "_build"))
 
-import cmake_tools  # noqa: E402
-import torch_env  # noqa: E402
+import cmake_tools  # noqa: E402 - in the folder just named
+import torch_env  # noqa: E402 - in the folder just named
 
 
 class CMakeBuild(build_ext):

@@ -9,6 +9,7 @@ Each against what does the same without us, the ratio within each round; see ben
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -32,7 +33,7 @@ def normal(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
 
 def group(device: torch.device, width: int, rows: int, rank: int) -> tuple[str, Functions]:
     """Query, key and value, forward and backward with dropout."""
-    make = lambda *shape: normal(device, torch.bfloat16, *shape)  # noqa: E731
+    make = partial(normal, device, torch.bfloat16)
     x = make(rows, width).requires_grad_()
     weights = [make(width, width) for _ in range(3)]
     a = [make(rank, width).requires_grad_() for _ in range(3)]
@@ -62,7 +63,7 @@ def group(device: torch.device, width: int, rows: int, rank: int) -> tuple[str, 
 
 def gather(device: torch.device, width: int, rows: int, rank: int) -> tuple[str, Functions]:
     """As many adapters as rows, forward."""
-    make = lambda *shape: normal(device, torch.bfloat16, *shape)  # noqa: E731
+    make = partial(normal, device, torch.bfloat16)
     x, weight = make(rows, width), make(width, width)
     a, b = [make(rank, width) for _ in range(rows)], [make(width, rank) for _ in range(rows)]
     index = torch.randperm(rows, device=device)
@@ -82,7 +83,7 @@ def gather(device: torch.device, width: int, rows: int, rank: int) -> tuple[str,
 
 def merge(device: torch.device, width: int, rank: int) -> tuple[str, Functions]:
     """One weight into another, one rounding."""
-    make = lambda *shape: normal(device, torch.bfloat16, *shape)  # noqa: E731
+    make = partial(normal, device, torch.bfloat16)
     weight, a, b = make(width, width), make(rank, width), make(width, rank)
     out = torch.empty_like(weight)
     op = torch.ops.gauge_ext.merge_out.default
@@ -99,7 +100,7 @@ def merge(device: torch.device, width: int, rank: int) -> tuple[str, Functions]:
 
 def optimizer(device: torch.device, width: int, pairs: int, rank: int) -> tuple[str, Functions]:
     """A step on the factors of many layers in float32."""
-    make = lambda *shape: normal(device, torch.float32, *shape)  # noqa: E731
+    make = partial(normal, device, torch.float32)
     a, b = [make(rank, width) for _ in range(pairs)], [make(width, rank) for _ in range(pairs)]
     grads_a, grads_b = [make(rank, width) for _ in a], [make(width, rank) for _ in b]
     avg_a, avg_b = ([torch.zeros_like(p) for p in part] for part in (a, b))
