@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -177,8 +176,8 @@ class LoRAQuantized(AdaptedLayer):
         lora_A, lora_B = self.factors()
         inputs = F.dropout(x, self.dropout_p, self.training).to(lora_A.dtype)
         update = F.linear(F.linear(inputs, lora_A), lora_B, self.branch_bias)
-        # torch.add(..., alpha=) is one pass less, but inductor of torch 2.13 loses an alpha beside a
-        # product of matrices: compiled, the layer would add the update without its scaling.
+        # torch.add(..., alpha=) is one pass less, but inductor of torch 2.13 loses an alpha beside
+        # a product of matrices: compiled, the layer would add the update without its scaling.
         if not self.has_magnitude:
             return y + (update * self.scaling).to(y.dtype)
         # DoRA scales W x and its update, and not the bias.
