@@ -1,7 +1,8 @@
 """Merging one weight: in place and into a new one, against one pass over it, ATen and PEFT.
 
-Prints the time of each over that of one in-place pass, and the goals with what was measured.
-``--quick`` takes the goal's shape alone; ``--json FILE`` writes every figure.
+Prints the time of each over that of one in-place pass, and the goals with what was measured; then
+the same of a whole model, with the memory that each takes beside it. ``--quick`` takes the goal's
+shape alone; ``--json FILE`` writes every figure.
 
     python benchmarks/bench_merge.py [--quick] [--threads 1] [--json FILE]
 """
@@ -9,6 +10,8 @@ Prints the time of each over that of one in-place pass, and the goals with what 
 from __future__ import annotations
 
 import json
+import statistics
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +35,10 @@ QUICK = [(4096, 4096)]
 FULL = [*QUICK, (1024, 1024), (11008, 4096)]
 # PEFT's time over ours, in place
 GOALS = {torch.float32: 6.4, torch.bfloat16: 25.0}
+
+# A model of this many layers, and what merges it.
+LAYERS, WIDTH = 16, 2048
+WHOLE = ("pass", "merge", "merge_and_unload", "PEFT")
 
 
 def competitors(
@@ -74,6 +81,60 @@ def competitors(
     return found
 
 
+def resident(field: str) -> int:
+    """Return VmRSS, the memory resident now, or VmHWM, its peak, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def whole_model(how: str, dtype: torch.dtype, rank: int) -> tuple[float, int]:
+    """Merge a model and return the seconds and the bytes that it took beside the model."""
+    model: nn.Module = nn.Sequential(
+        *(nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for _ in range(LAYERS))
+    )
+    if how == "PEFT":
+        config = peft.LoraConfig(r=rank, target_modules=[str(i) for i in range(LAYERS)])
+        model = peft.get_peft_model(model, config)
+        actions = model.merge_and_unload
+    elif how == "pass":
+        weights = [parameter.data for parameter in model.parameters()]
+        actions = lambda: [weight.add_(1e-9) for weight in weights]  # noqa: E731
+    else:
+        gauge_ext.attach(model, gauge_ext.LoRAConfig(rank=rank))
+        actions = lambda: getattr(gauge_ext, how)(model)  # noqa: E731
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=1e-3)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident
+    before = resident("VmRSS")
+    start = time.perf_counter()
+    actions()
+    return time.perf_counter() - start, resident("VmHWM") - before
+
+
+def measure_whole_models(rank: int, rounds: int) -> tuple[Table, list[dict[str, object]]]:
+    """Measure each of :data:`WHOLE` in turn, on a new model each time."""
+    table = Table(title=f"{LAYERS} layers of {WIDTH} x {WIDTH}", title_justify="left")
+    for column in ("dtype", "what", "over one pass", "MiB beside the model", "MiB of weights"):
+        table.add_column(column, justify="right")
+    figures: list[dict[str, object]] = []
+    for dtype in GOALS:
+        kind = str(dtype).removeprefix("torch.")
+        found: dict[str, list[tuple[float, int]]] = {how: [] for how in WHOLE}
+        for _ in range(rounds):
+            for how in WHOLE:
+                found[how].append(whole_model(how, dtype, rank))
+        for how, measured in found.items():
+            ratios = [a / b for (a, _), (b, _) in zip(measured, found["pass"], strict=True)]
+            ratio = statistics.median(ratios)
+            beside = statistics.median(bytes_ for _, bytes_ in measured) / 2**20
+            weights = LAYERS * WIDTH**2 * dtype.itemsize / 2**20
+            table.add_row(kind, how, f"{ratio:.2f}", f"{beside:.0f}", f"{weights:.0f}")
+            figures.append({"dtype": kind, "what": how, "ratio": ratio, "beside_mib": beside})
+    return table, figures
+
+
 def main(
     quick: Annotated[bool, typer.Option(help="The goal's shape alone.")] = False,
     threads: Annotated[int, typer.Option(help="torch's threads.")] = 1,
@@ -112,8 +173,12 @@ def main(
                 goals.add_row(kind, f"{gain:.1f}", f">= {goal}", met)
     console.print(table)
     console.print(goals)
+    whole, of_models = measure_whole_models(rank, rounds)
+    console.print(whole)
     if json_path is not None:
-        json_path.write_text(json.dumps({"machine": facts, "rows": figures}, indent=1))
+        json_path.write_text(
+            json.dumps({"machine": facts, "rows": figures, "models": of_models}, indent=1)
+        )
         console.print(f"Figures written to {json_path}")
 
 

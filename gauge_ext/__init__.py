@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from gauge_ext.models.fidelity import merge_fidelity, merge_stochastic
     from gauge_ext.models.many import add_adapter, delete_adapter, rename_adapter
-    from gauge_ext.models.merge import merge, unmerge
+    from gauge_ext.models.merge import merge, merge_and_unload, unmerge
     from gauge_ext.models.roster import adapter_names
     from gauge_ext.models.working import (
         active_adapters,
@@ -58,6 +58,7 @@ __all__ = [
     "load_adapter",
     "load_adapters",
     "merge",
+    "merge_and_unload",
     "merge_fidelity",
     "merge_stochastic",
     "named_adapter_parameters",

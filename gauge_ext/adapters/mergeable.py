@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from gauge_ext import ops
 from gauge_ext.adapters import dora
-from gauge_ext.adapters.merging import accumulation_dtype, add_product, add_update
+from gauge_ext.adapters.merging import (
+    accumulation_dtype,
+    add_product,
+    add_update,
+    surely_finite,
+)
+from gauge_ext.adapters.ownership import is_held_alone
 from gauge_ext.adapters.parts import AdapterParts
 from gauge_ext.errors import AdapterStateError
 
@@ -84,6 +90,55 @@ class MergeableLayer(AdapterParts):
             AdapterStateError: The layer is merged already.
         """
         self.adopt_merged(self.merged_parameters(safe=safe), keep_base=keep_base)
+
+    @torch.no_grad()
+    def check_merge(self, *, safe: bool = True) -> None:
+        """Raise what :meth:`merged_parameters` would, and change nothing.
+
+        A plain adapter costs one reading of the weight, unless its bound comes near the range of
+        the dtype; any other is merged, and the result thrown away.
+
+        Args:
+            safe: Refuse NaN and infinity.
+
+        Raises:
+            NonFiniteError: See :meth:`merged_weight`.
+            AdapterStateError: The layer is merged already, or its kind cannot be merged.
+        """
+        plain = self._adds_a_product and not self.merged
+        if not plain or (safe and not surely_finite(self.base_weight, *self.summed_factors())):
+            self.merged_parameters(safe=safe)
+
+    @torch.no_grad()
+    def merge_for_good(self) -> None:
+        """Merge and drop the base, unchecked: call :meth:`check_merge` before.
+
+        A weight that nobody else holds is written to in place; any other stays as it is, and a new
+        Parameter takes its place, as in :meth:`merge`.
+
+        Raises:
+            AdapterStateError: The layer is merged already, or its kind cannot be merged.
+        """
+        if not (self._fits_in_place() and is_held_alone(self.owner, self.weight_name)):
+            self.adopt_merged(self.merged_parameters(safe=False), keep_base=False)
+            return
+        flip = self.output_axis == 1
+        weight, factors = self.base_weight, self.summed_factors()
+        add_product(weight, *factors, {}, transposed=flip, safe=False, in_place=True)
+        self._kept = {}
+        self.merged, self.has_branch = True, False
+
+    def _fits_in_place(self) -> bool:
+        """Whether the kernel can write the sum into the weight that there is."""
+        if not self._adds_a_product or self.merged:
+            return False
+        return ops.merges_in_one_pass(self.base_weight, *self.summed_factors()[:2])
+
+    @property
+    def _adds_a_product(self) -> bool:
+        """Whether a merge adds the product of the summed factors to the weight, and no more."""
+        own = type(self).merged_parameters is MergeableLayer.merged_parameters
+        return own and not self.has_magnitude and self.branch_bias is None
 
     def adopt_merged(self, merged: Mapping[str, Tensor], *, keep_base: bool) -> None:
         """Make ``merged``, a result of :meth:`merged_parameters`, the layer's own."""

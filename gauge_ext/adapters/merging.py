@@ -63,6 +63,7 @@ def add_product(
     *,
     transposed: bool,
     safe: bool,
+    in_place: bool = False,
 ) -> Tensor:
     """Return ``weight + scaling * lora_B @ lora_A`` as :func:`add_update` does, in one pass.
 
@@ -75,20 +76,56 @@ def add_product(
         parts: What the sum is made of, by name, for the message.
         transposed: Whether W is transposed.
         safe: Refuse NaN and infinity.
+        in_place: Write the sum into ``weight`` itself.
 
     Raises:
-        NonFiniteError: A part or the sum holds NaN or infinity.
+        NonFiniteError: A part or the sum holds NaN or infinity; where ``in_place``, it is there.
     """
-    merged = torch.empty_like(weight)
-    out, base = merged, weight.detach()
-    if weight.stride(1) != 1:
-        # It lies in memory the other way round, and so shall the new one.
+    base = weight.detach()
+    # Where it lies in memory the other way round, so shall the new one.
+    flipped = weight.stride(1) != 1
+    if in_place:
+        merged = base
+    elif flipped:
         merged = torch.empty_like(weight.mT, memory_format=torch.contiguous_format).mT
+    else:
+        merged = torch.empty_like(base)
+    out = merged
+    if flipped:
         out, base, transposed = merged.mT, base.mT, not transposed
     (sums,) = ops.merge_into(out, base, lora_A, lora_B, scaling, transposed=transposed)
     if safe and not sums.finite:
         raise _not_finite(weight.dtype, parts)
     return merged
+
+
+def surely_finite(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> bool:
+    r"""Say whether ``weight + scaling * lora_B @ lora_A`` can hold neither NaN nor infinity.
+
+    By a bound, for which weight and factors are read once and nothing is computed:
+    :math:`\max|W| + |s| \max_i \sum_k |B_{ik}| \max|A|`, however the product is laid out. False
+    says nothing: the sum may be finite all the same.
+
+    Args:
+        weight: W, of any shape.
+        lora_A: Its rows are the directions.
+        lora_B: Its columns are.
+        scaling: s.
+    """
+    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in (weight, lora_A, lora_B)):
+        return False  # a subclass (quantised, distributed) knows best itself how it is read
+    if not (weight.numel() and lora_A.numel() and lora_B.numel()):
+        return False
+    rows = lora_B.flatten(1).double().abs().sum(1).max()
+    update = abs(scaling) * rows * _largest(lora_A).double()
+    # Half of the range leaves room for every rounding. NaN is not less than anything.
+    return bool(_largest(weight).double() + update < torch.finfo(weight.dtype).max / 2)
+
+
+def _largest(t: Tensor) -> Tensor:
+    """Return max |t|, NaN where there is one, without a copy of t."""
+    low, high = torch.aminmax(t)
+    return torch.maximum(-low, high)
 
 
 def _not_finite(dtype: torch.dtype, parts: Mapping[str, Tensor]) -> NonFiniteError:

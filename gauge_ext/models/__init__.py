@@ -27,7 +27,7 @@ from gauge_ext.models.attach import (
     whole_parameters,
 )
 from gauge_ext.models.many import add_adapter, delete_adapter, rename_adapter
-from gauge_ext.models.merge import is_merged, merge, merged_copy, unmerge
+from gauge_ext.models.merge import is_merged, merge, merge_and_unload, merged_copy, unmerge
 from gauge_ext.models.regauge import regauge_model, regauge_optimizer_state
 from gauge_ext.models.roster import adapter_names
 from gauge_ext.models.shared_inputs import group_shared_inputs, ungroup
@@ -74,6 +74,7 @@ __all__ = [
     "is_merged",
     "lora_layers",
     "merge",
+    "merge_and_unload",
     "merge_fidelity",
     "merge_stochastic",
     "merged_copy",

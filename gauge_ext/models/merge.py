@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
 
 from gauge_ext.adapters import AdaptedLayer, WrappedAdapter
 from gauge_ext.errors import AdapterStateError, NonFiniteError
-from gauge_ext.models.attach import forget, lora_layers, unwrap
+from gauge_ext.models.attach import (
+    attached_modules,
+    attachment,
+    forget,
+    lora_layers,
+    unwrap,
+)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -21,6 +29,11 @@ def merge(model: ModelT, *, safe: bool = True, keep_base: bool = True) -> ModelT
 
     Each weight becomes a new Parameter; the old ones are never written to, so tied embeddings and
     other models that share them stay as they are. On a failure nothing is changed.
+
+    Without the old weights the memory of one layer is enough: all layers are checked first, then
+    one is merged after the other, and a weight that nobody else holds is written to in place. An
+    interruption from outside (a signal, no memory left) leaves the layers before it merged and
+    those after it as they were; :func:`merge_and_unload` goes on from there.
 
     Args:
         model: A model with adapters.
@@ -68,6 +81,38 @@ def unmerge(model: ModelT) -> ModelT:
     return model
 
 
+def merge_and_unload(model: nn.Module, *, safe: bool = True) -> nn.Module:
+    """Merge for good, in the memory of one layer, and leave plain layers without a trace.
+
+    As :func:`merge` with ``keep_base=False``, for layers that are merged already too. What was
+    trained whole (``modules_to_save``, biases, tokens) stays as it was trained; parameters require
+    gradients as they did before :func:`~gauge_ext.attach`. An adapter that holds its base as a
+    submodule is replaced by that base, merged; where the base cannot take the update, it stays.
+
+    Args:
+        model: A model, with adapters or without.
+        safe: Refuse NaN and infinity.
+
+    Returns:
+        ``model``, without the wrapper that ``torch.compile`` made; the base, merged, where it is
+        such an adapter itself.
+
+    Raises:
+        NonFiniteError: A weight, a factor or a sum holds NaN or infinity; nothing is changed.
+        AdapterStateError: A layer is of a kind that cannot be merged; nothing is changed.
+    """
+    inner = unwrap(model)
+    for path, module in _wrapped(inner).items():
+        with _named(path, module):
+            module.merged_weight(safe=safe)
+    flags = [(module, attachment(module).trainable) for module in attached_modules(inner)]
+    plain = _unload(inner, safe=safe)
+    for part, trainable in flags:
+        for name, parameter in part.named_parameters():
+            parameter.requires_grad_(name in trainable)
+    return plain
+
+
 def is_merged(model: nn.Module) -> bool:
     """Say whether any adapter of ``model`` is merged."""
     return any(layer.merged for layer in lora_layers(model).values())
@@ -102,30 +147,47 @@ def merged_copy(model: nn.Module) -> nn.Module:
             f"this {type(inner).__name__} cannot be copied: {error}",
             hint="It holds an object that copy.deepcopy refuses; take that off the model first.",
         ) from error
-    layers = lora_layers(twin)
+    return _unload(twin, safe=True)
+
+
+def _unload(model: nn.Module, *, safe: bool) -> nn.Module:
+    """Merge what is not merged yet, and make all layers plain ones."""
+    layers = lora_layers(model)
     unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
-    _merge_layers(unmerged, safe=True, keep_base=False)
+    _merge_layers(unmerged, safe=safe, keep_base=False)
     for layer in layers.values():
         layer.to_base()
-    forget(twin)
-    return _unwrapped(twin)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Put the merged base in place of each wrapped adapter, wherever the model holds it."""
+    forget(model)
+    # In place of each wrapped adapter the merged base, wherever the model holds it.
     plain: dict[nn.Module, nn.Module] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, WrappedAdapter) and module.unmergeable_reason() is None:
-            try:
-                plain[module] = module.to_linear().train(module.training)
-            except NonFiniteError as error:
-                name = path or type(module).__name__
-                raise NonFiniteError(f"{name}: {error.message}", hint=_NOTHING) from error
+    for path, module in _wrapped(model).items():
+        with _named(path, module):
+            plain[module] = module.to_linear(safe=safe).train(module.training)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in plain:
                 parent._modules[name] = plain[child]
     return plain.get(model, model)
+
+
+def _wrapped(model: nn.Module) -> dict[str, WrappedAdapter]:
+    """The adapters that hold their base as a submodule and can be merged into it, by path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, WrappedAdapter) and module.unmergeable_reason() is None
+    }
+
+
+@contextmanager
+def _named(path: str, module: nn.Module) -> Iterator[None]:
+    """Say where it was, if something is not finite."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"{path or type(module).__name__}: {error.message}", hint=_NOTHING
+        ) from error
 
 
 def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
@@ -145,11 +207,16 @@ def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def _merge_layers(layers: dict[str, AdaptedLayer], *, safe: bool, keep_base: bool) -> None:
+    if not keep_base:
+        for name, layer in layers.items():
+            with _named(name, layer):
+                layer.check_merge(safe=safe)
+        for layer in layers.values():
+            layer.merge_for_good()
+        return
     merged = {}
     for name, layer in layers.items():
-        try:
+        with _named(name, layer):
             merged[name] = layer.merged_parameters(safe=safe)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{name}: {error.message}", hint=_NOTHING) from error
     for name, layer in layers.items():
-        layer.adopt_merged(merged[name], keep_base=keep_base)
+        layer.adopt_merged(merged[name], keep_base=True)
