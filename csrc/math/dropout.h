@@ -39,8 +39,8 @@ struct Dropout {
 };
 
 // The four words, each two draws, of the counters `lane_counter` of one row.
-template <typename Multiply = MultiplyWide, typename Word>
-GAUGE_EXT_HOST_DEVICE void dropout_words(const Dropout& dropout,
+template <typename Multiply = MultiplyWide, typename Key, typename Word>
+GAUGE_EXT_HOST_DEVICE void dropout_words(const Key& key,
                                          int64_t row,
                                          Word lane_counter,
                                          Word (&words)[4]) {
@@ -49,7 +49,7 @@ GAUGE_EXT_HOST_DEVICE void dropout_words(const Dropout& dropout,
   words[1] = zero + static_cast<uint32_t>(row);
   words[2] = zero + static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
   words[3] = zero;
-  philox4x32<Multiply>(words, dropout.seed);
+  philox4x32<Multiply>(words, key);
 }
 
 // The multiplier of one element, 0 or scale.
@@ -57,7 +57,7 @@ GAUGE_EXT_HOST_DEVICE double dropout_element(const Dropout& dropout, int64_t row
   const int64_t block = column / kDropoutBlock;
   const int element = static_cast<int>(column % kDropoutBlock);
   uint32_t words[4];
-  dropout_words(dropout, row,
+  dropout_words(PhiloxKey{dropout.seed}, row,
                 static_cast<uint32_t>(block * kDropoutLanes + element % kDropoutLanes), words);
   const int draw = element / kDropoutLanes;
   const uint32_t word = words[draw / 2];

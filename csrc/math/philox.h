@@ -22,28 +22,36 @@ struct MultiplyWide {
   }
 };
 
+constexpr int kPhiloxRounds = 10;
+
+// The two words of key that go into each round.
+struct PhiloxKey {
+  uint64_t key;
+
+  GAUGE_EXT_HOST_DEVICE uint32_t first(int round) const {
+    return static_cast<uint32_t>(key) + static_cast<uint32_t>(round) * 0x9E3779B9u;
+  }
+  GAUGE_EXT_HOST_DEVICE uint32_t second(int round) const {
+    return static_cast<uint32_t>(key >> 32) + static_cast<uint32_t>(round) * 0xBB67AE85u;
+  }
+};
+
 // Replaces the four words of a counter by four random ones. Word is uint32_t, or a vector of them
-// for as many counters at a time, with a Multiply that knows it (ops/cpu/vec.h).
-template <typename Multiply = MultiplyWide, typename Word>
-GAUGE_EXT_HOST_DEVICE void philox4x32(Word (&counter)[4], uint64_t key) {
+// for as many counters at a time, with a Multiply that knows it (ops/cpu/vec.h); Key is PhiloxKey,
+// or holds the words of one in vectors.
+template <typename Multiply = MultiplyWide, typename Word, typename Key>
+GAUGE_EXT_HOST_DEVICE void philox4x32(Word (&counter)[4], const Key& key) {
   constexpr uint32_t kMultiplier0 = 0xD2511F53u;
   constexpr uint32_t kMultiplier1 = 0xCD9E8D57u;
-  constexpr uint32_t kWeyl0 = 0x9E3779B9u;
-  constexpr uint32_t kWeyl1 = 0xBB67AE85u;
-  constexpr int kRounds = 10;
-  uint32_t key0 = static_cast<uint32_t>(key);
-  uint32_t key1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < kRounds; ++round) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     const Multiply multiply_wide;
     Word high0, low0, high1, low1;
     multiply_wide(kMultiplier0, counter[0], high0, low0);
     multiply_wide(kMultiplier1, counter[2], high1, low1);
-    counter[0] = high1 ^ counter[1] ^ key0;
+    counter[0] = high1 ^ counter[1] ^ key.first(round);
     counter[1] = low1;
-    counter[2] = high0 ^ counter[3] ^ key1;
+    counter[2] = high0 ^ counter[3] ^ key.second(round);
     counter[3] = low0;
-    key0 += kWeyl0;
-    key1 += kWeyl1;
   }
 }
 

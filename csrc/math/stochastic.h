@@ -32,7 +32,7 @@ GAUGE_EXT_HOST_DEVICE void rounding_words(const Rounding& rounding,
   words[1] = zero + static_cast<uint32_t>(place);
   words[2] = zero + static_cast<uint32_t>(place >> 32);
   words[3] = zero + (rounding.layer + 1);
-  philox4x32<Multiply>(words, rounding.seed);
+  philox4x32<Multiply>(words, PhiloxKey{rounding.seed});
 }
 
 // The 16 bits of one entry

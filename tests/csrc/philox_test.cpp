@@ -13,7 +13,7 @@ namespace {
 
 std::array<uint32_t, 4> draw(std::array<uint32_t, 4> counter, uint64_t key) {
   uint32_t words[4] = {counter[0], counter[1], counter[2], counter[3]};
-  gauge_ext::philox4x32(words, key);
+  gauge_ext::philox4x32(words, gauge_ext::PhiloxKey{key});
   return {words[0], words[1], words[2], words[3]};
 }
 

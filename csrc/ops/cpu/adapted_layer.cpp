@@ -6,6 +6,7 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 
 #include "ops/cpu/paths.h"
 
@@ -34,24 +35,14 @@ const acc_t* widened(const at::Tensor& tensor, Buffer<acc_t>& copy) {
   return copy.data();
 }
 
-// A new tensor of a factor's dtype with the given values.
+// Adds the parts of other pieces, one after the other in memory, to that of the first.
 template <typename acc_t>
-at::Tensor narrowed(acc_t* values, at::IntArrayRef sizes, const at::Tensor& factor) {
-  const at::Tensor wide = at::from_blob(values, sizes, acc_dtype<acc_t>());
-  return wide.to(factor.options(), /*non_blocking=*/false, /*copy=*/true);
-}
-
-// The sum over pieces, in order, in the first of them.
-template <typename acc_t>
-acc_t* total(const Buffer<acc_t>& sums, int64_t pieces, int64_t count) {
-  acc_t* first = sums.data();
-  for (int64_t piece = 1; piece < pieces; ++piece) {
-    const acc_t* other = first + piece * count;
+void add_pieces(acc_t* first, const acc_t* others, int64_t pieces, int64_t count) {
+  for (int64_t piece = 1; piece < pieces; ++piece, others += count) {
     for (int64_t i = 0; i < count; ++i) {
-      first[i] += other[i];
+      first[i] += others[i];
     }
   }
-  return first;
 }
 
 }  // namespace
@@ -194,16 +185,17 @@ auto AdaptedLayer<scalar_t>::sums(int64_t rows, bool needs_x, bool needs_A, bool
   Sums sums;
   const int64_t in = n_.in_features, out = n_.out_features, rank = n_.rank;
   sums.pieces = std::max<int64_t>(Pieces(rows, (in + out) * rank).count, 1);
-  const auto zeros = [&](int64_t columns) {
-    Buffer<acc_t> buffer(sums.pieces * rank * columns);
-    std::memset(buffer.data(), 0, sizeof(acc_t) * sums.pieces * rank * columns);
+  const auto zeros = [&](int64_t pieces, int64_t columns) {
+    Buffer<acc_t> buffer(pieces * rank * columns);
+    std::memset(buffer.data(), 0, sizeof(acc_t) * pieces * rank * columns);
     return buffer;
   };
   if (needs_A || (needs_x && !merges_backward())) {
-    sums.A = zeros(in);
+    sums.A = at::zeros({rank, in}, A_.options().dtype(acc_dtype<acc_t>()));
+    sums.rest_A = zeros(sums.pieces - 1, in);
   }
   if (needs_B) {
-    sums.B = zeros(out);
+    sums.B = zeros(sums.pieces, out);
   }
   return sums;
 }
@@ -222,7 +214,10 @@ void AdaptedLayer<scalar_t>::backward(const acc_t* grad,
   const auto& kernels = low_rank_kernels<acc_t>();
   const bool native = kHalf && native_bfloat16();
   const bool merged = merges_backward();
-  acc_t* const sum_A = sums.A.data();
+  const auto sum_A = [&](int64_t piece) {
+    return piece == 0 ? mutable_data_of<acc_t>(sums.A)
+                      : sums.rest_A.data() + (piece - 1) * rank * in;
+  };
   acc_t* const sum_B = sums.B.data();
   if (native && grad_x != nullptr) {
     Buffer<scalar_t> narrow(rows * out);
@@ -244,13 +239,13 @@ void AdaptedLayer<scalar_t>::backward(const acc_t* grad,
     if (sum_B != nullptr) {
       kernels.project_reduce(g, count, out, right_.data(), hidden + first * rank, rank, gh,
                              sum_B + piece * rank * out);
-    } else if (sum_A != nullptr) {
+    } else if (sums.A.defined()) {
       kernels.project(g, first, count, out, right_.data(), rank, Dropout(), gh);
     }
-    if (sum_A != nullptr) {
+    if (sums.A.defined()) {
       acc_t* to = grad_x == nullptr || merged ? nullptr : grad_x + first * in;
       kernels.expand_reduce(x + first * in, to, add, first_row + first, count, in, gh, a_, rank,
-                            dropout_, sum_A + piece * rank * in);
+                            dropout_, sum_A(piece));
     }
   });
   if (grad_x != nullptr && !native) {
@@ -264,22 +259,20 @@ void AdaptedLayer<scalar_t>::backward(const acc_t* grad,
 
 template <typename scalar_t>
 at::Tensor AdaptedLayer<scalar_t>::grad_A(const Sums& sums) const {
-  return narrowed(total(sums.A, sums.pieces, n_.rank * n_.in_features), A_.sizes(), A_);
+  add_pieces(mutable_data_of<acc_t>(sums.A), sums.rest_A.data(), sums.pieces,
+             n_.rank * n_.in_features);
+  return sums.A.to(A_.scalar_type());
 }
 
 template <typename scalar_t>
 at::Tensor AdaptedLayer<scalar_t>::grad_B(const Sums& sums) const {
   const int64_t count = n_.rank * n_.out_features;
-  const acc_t* sum = total(sums.B, sums.pieces, count);
-  const auto transpose = low_rank_kernels<acc_t>().transpose;
-  if (B_.scalar_type() == acc_dtype<acc_t>()) {
-    const at::Tensor grad = at::empty(B_.sizes(), B_.options());
-    transpose(sum, n_.rank, n_.out_features, scaling_, mutable_data_of<acc_t>(grad));
-    return grad;
-  }
-  const Buffer<acc_t> wide(count);
-  transpose(sum, n_.rank, n_.out_features, scaling_, wide.data());
-  return narrowed(wide.data(), B_.sizes(), B_);
+  acc_t* sum = sums.B.data();
+  add_pieces(sum, sum + count, sums.pieces, count);
+  const at::Tensor grad = at::empty(B_.sizes(), B_.options().dtype(acc_dtype<acc_t>()));
+  low_rank_kernels<acc_t>().transpose(sum, n_.rank, n_.out_features, scaling_,
+                                      mutable_data_of<acc_t>(grad));
+  return grad.to(B_.scalar_type());
 }
 
 template class AdaptedLayer<float>;

@@ -39,8 +39,9 @@ class AdaptedLayer {
 
   // Where the gradients of the factors are summed up: a part for each piece of rows.
   struct Sums {
-    Buffer<acc_t> A;  // (pieces, r, in), gradient of A
-    Buffer<acc_t> B;  // (pieces, r, out), transposed gradient of B over s
+    at::Tensor A;          // (r, in), gradient of A: the first piece's part, at last the sum
+    Buffer<acc_t> rest_A;  // (pieces - 1, r, in), the other pieces'
+    Buffer<acc_t> B;       // (pieces, r, out), transposed gradient of B over s
     int64_t pieces = 0;
   };
   // Zeros, for calls of backward with so many rows at most.

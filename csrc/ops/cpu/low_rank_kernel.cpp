@@ -71,7 +71,7 @@ void expand_reduce(const scalar_t* x,
                    int64_t rank,
                    const Dropout& dropout,
                    acc_t* sum) {
-  Panel<scalar_t, acc_t> panel(dropout);
+  Panel<scalar_t, acc_t, /*KEEPS_MASK=*/true> panel(dropout);
   const ConstView<scalar_t> from{x, columns};
   for_each_panel(rows, columns, [&](int64_t row, int64_t count, int64_t column, int64_t width) {
     const acc_t* l = left + row * rank;

@@ -162,7 +162,7 @@ struct SplitWords {
   inline __attribute__((always_inline)) SplitWords operator^(const SplitWords& other) const {
     return {even ^ other.even, odd ^ other.odd};
   }
-  inline __attribute__((always_inline)) SplitWords operator^(uint64_t word) const {
+  inline __attribute__((always_inline)) SplitWords operator^(const WideWords& word) const {
     return {even ^ word, odd ^ word};
   }
   inline __attribute__((always_inline)) SplitWords operator+(uint64_t word) const {

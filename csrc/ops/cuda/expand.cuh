@@ -32,7 +32,7 @@ struct RowMask {
   __device__ __forceinline__ void draw(const Dropout& dropout, int64_t row, uint32_t counter) {
     GAUGE_EXT_UNROLL
     for (int v = 0; v < 4; ++v) {
-      dropout_words(dropout, row, counter + static_cast<uint32_t>(v), words[v]);
+      dropout_words(PhiloxKey{dropout.seed}, row, counter + static_cast<uint32_t>(v), words[v]);
     }
   }
   // Whether dropout keeps column 16 d + v of those
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const Dropout dropout = read_seed(source);
   uint32_t words[4];
-  dropout_words(dropout, row, static_cast<uint32_t>(counter), words);
+  dropout_words(PhiloxKey{dropout.seed}, row, static_cast<uint32_t>(counter), words);
   GAUGE_EXT_UNROLL
   for (int d = 0; d < kDropoutDraws; ++d) {
     const int64_t column =

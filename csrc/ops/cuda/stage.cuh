@@ -104,7 +104,7 @@ __device__ __forceinline__ void stage_row(Tile<scalar_t>& tile,
     GAUGE_EXT_UNROLL
     for (int v = 0; v < PACK; ++v) {
       uint32_t words[4];
-      dropout_words(dropout, row, block + static_cast<uint32_t>(first + v), words);
+      dropout_words(PhiloxKey{dropout.seed}, row, block + static_cast<uint32_t>(first + v), words);
       GAUGE_EXT_UNROLL
       for (int d = 0; d < kDropoutDraws; ++d) {
         const uint32_t draw = d % 2 ? words[d / 2] >> 16 : words[d / 2] & 0xFFFFu;
