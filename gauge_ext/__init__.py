@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gauge_ext.checkpoint import load_adapter, save_adapter
     from gauge_ext.checkpoint.gauges import fingerprint, regauge
     from gauge_ext.checkpoint.many import load_adapters, save_adapters, swap_adapter
+    from gauge_ext.checkpoint.residual import merge_with_residual
     from gauge_ext.errors import GaugeError
     from gauge_ext.merging import combine
     from gauge_ext.models.attach import (
@@ -61,6 +62,7 @@ __all__ = [
     "merge_and_unload",
     "merge_fidelity",
     "merge_stochastic",
+    "merge_with_residual",
     "named_adapter_parameters",
     "ops",
     "regauge",

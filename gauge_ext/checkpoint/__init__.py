@@ -5,8 +5,8 @@ config, :mod:`read` and :mod:`load` the way in, :mod:`write` the way out, :mod:`
 factors that no training made, :mod:`staging` writes a folder whole or not at all,
 :mod:`digest` says when two adapters are the same number by number, :mod:`gauges` when they are
 the same update, and changes the one without the other. :mod:`extracting` makes an adapter of a full
-fine-tune, :mod:`carry` takes adapters from one base to another, and :mod:`many` reads and writes
-several of one model.
+fine-tune, :mod:`residual` one of what a merge rounds away, :mod:`carry` takes adapters from one
+base to another, and :mod:`many` reads and writes several of one model.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gauge_ext.checkpoint.many import load_adapters, save_adapters, swap_adapter
     from gauge_ext.checkpoint.moments import InputsError, input_moments
     from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
+    from gauge_ext.checkpoint.residual import MergeResidual, merge_with_residual
     from gauge_ext.checkpoint.staging import staged_folder
     from gauge_ext.checkpoint.write import save_adapter, write_adapter
 else:
@@ -44,6 +45,7 @@ __all__ = [
     "InputsError",
     "LayerRegauging",
     "LoRAPair",
+    "MergeResidual",
     "adapter_digest",
     "adapter_points",
     "adapter_sha256",
@@ -54,6 +56,7 @@ __all__ = [
     "lift_adapters",
     "load_adapter",
     "load_adapters",
+    "merge_with_residual",
     "move_adapter",
     "read_adapter",
     "rebase_adapter",

@@ -103,7 +103,7 @@ def merge_fidelity(model: nn.Module) -> MergeFidelity:
         TargetError: A layer is of another kind, a DoRA, or its branch has a bias.
     """
     found = {}
-    for path, layer in _linear_layers(model).items():
+    for path, layer in linear_layers(model).items():
         weight = layer.weight.detach()
         a, b, scaling = layer.summed_factors()
         (sums,) = ops.merge_into(torch.empty_like(weight), weight, a, b, scaling, fidelity=True)
@@ -132,7 +132,7 @@ def merge_stochastic(
         TargetError: A layer is of another kind or dtype, a DoRA, or its branch has a bias.
         NonFiniteError: A sum holds NaN or infinity; nothing is changed.
     """
-    layers = _linear_layers(model)
+    layers = linear_layers(model)
     for path, layer in layers.items():
         if layer.weight.dtype not in (torch.bfloat16, torch.float16):
             raise TargetError(
@@ -157,7 +157,13 @@ def merge_stochastic(
     return model
 
 
-def _linear_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def linear_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return the adapted ``nn.Linear`` layers by path, where there are no others.
+
+    Raises:
+        AdapterStateError: There are none, or some are merged.
+        TargetError: A layer is of another kind, a DoRA, or its branch has a bias.
+    """
     found = {}
     for path, layer in lora_layers(unwrap(model)).items():
         if not isinstance(layer, LoRALinear):

@@ -103,7 +103,7 @@ def merge_and_unload(model: nn.Module, *, safe: bool = True) -> nn.Module:
     """
     inner = unwrap(model)
     for path, module in _wrapped(inner).items():
-        with _named(path, module):
+        with naming(path, module):
             module.merged_weight(safe=safe)
     flags = [(module, attachment(module).trainable) for module in attached_modules(inner)]
     plain = _unload(inner, safe=safe)
@@ -161,7 +161,7 @@ def _unload(model: nn.Module, *, safe: bool) -> nn.Module:
     # In place of each wrapped adapter the merged base, wherever the model holds it.
     plain: dict[nn.Module, nn.Module] = {}
     for path, module in _wrapped(model).items():
-        with _named(path, module):
+        with naming(path, module):
             plain[module] = module.to_linear(safe=safe).train(module.training)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -180,8 +180,8 @@ def _wrapped(model: nn.Module) -> dict[str, WrappedAdapter]:
 
 
 @contextmanager
-def _named(path: str, module: nn.Module) -> Iterator[None]:
-    """Say where it was, if something is not finite."""
+def naming(path: str, module: nn.Module) -> Iterator[None]:
+    """Say in which layer it was, if something is not finite, and that nothing was merged."""
     try:
         yield
     except NonFiniteError as error:
@@ -209,14 +209,14 @@ def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
 def _merge_layers(layers: dict[str, AdaptedLayer], *, safe: bool, keep_base: bool) -> None:
     if not keep_base:
         for name, layer in layers.items():
-            with _named(name, layer):
+            with naming(name, layer):
                 layer.check_merge(safe=safe)
         for layer in layers.values():
             layer.merge_for_good()
         return
     merged = {}
     for name, layer in layers.items():
-        with _named(name, layer):
+        with naming(name, layer):
             merged[name] = layer.merged_parameters(safe=safe)
     for name, layer in layers.items():
         layer.adopt_merged(merged[name], keep_base=True)
