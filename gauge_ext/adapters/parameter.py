@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from gauge_ext.adapters import inits
 from gauge_ext.adapters.dtypes import FLOAT_DTYPES
 from gauge_ext.adapters.layer import AdaptedLayer
+from gauge_ext.adapters.low_rank_sum import LowRankSum
 from gauge_ext.adapters.protocol import Kind
 from gauge_ext.adapters.spec import AdapterSpec
 from gauge_ext.errors import TargetError
@@ -30,9 +31,11 @@ class LoRAParameter(AdaptedLayer):
     experts do, W is ``(E, in, out)`` and so is the update, :math:`A_e^T B_e^T`.
 
     It is a submodule of the module that holds W, its ``owner``, whose forward it does not know:
-    while that runs, the sum stands in W's place. So there is no dropout, of which there would have
-    to be an input, and the sum has W's dtype: beside a bfloat16 W a small update is rounded like a
-    merged one, as in PEFT.
+    while that runs, something else stands in W's place. For a stack of matrices that is a
+    :class:`~gauge_ext.adapters.low_rank_sum.LowRankSum`, of which products are taken by the
+    factors. For a single matrix, and under ``torch.compile`` and ``torch.export``, it is the sum,
+    of W's dtype: beside a bfloat16 W a small update is rounded like a merged one, as in PEFT.
+    There is no dropout, of which there would have to be an input.
     """
 
     kind: ClassVar[Kind] = "parameter"
@@ -111,8 +114,16 @@ class LoRAParameter(AdaptedLayer):
             return torch.baddbmm(stack, left, right, alpha=self.scaling).view(weight.shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return ``W + s B A``; the parameter as it is where that is merged, or the branch off."""
-        return self.adapted() if self.has_branch else self.base_weight
+        """Return what stands for W: see the class; W where it is merged, or the branch is off."""
+        weight = self.base_weight
+        if not self.has_branch:
+            return weight
+        # What traces programs would see the stand-in, and not what it does. A weight of another
+        # class (distributed, quantised) knows best itself how it is multiplied.
+        known = type(weight) in (nn.Parameter, Tensor)
+        if weight.dim() != 3 or not known or torch.compiler.is_compiling():
+            return self.adapted()
+        return LowRankSum(weight, *self._stacks(self.lora_B, self.lora_A), self.scaling)
 
     def to_base(self) -> nn.Module:
         """Take the adapter off its owner, with the weight of the moment, and return the owner."""
