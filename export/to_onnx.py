@@ -62,6 +62,7 @@ def export_onnx(
     adapter_targets: str | Sequence[str] | None = None,
     adapter_form: AdapterForm = "optional",
     adapter_precision: AdapterPrecision | None = None,
+    adapter_part: bool = False,
     precision: Precision = "fp32",
     quantization: QuantizationOptions | None = None,
     progress: Progress | None = None,
@@ -106,6 +107,8 @@ def export_onnx(
             -node, OpenVINO).
         adapter_precision: For ``mode="adapters"``: how factors are stored and fed, "float32",
             "float16" or "int8" (a scale for each of the r components); None for the layers' dtype.
+        adapter_part: For ``mode="adapters"``: whether this is one of several graphs of the model,
+            so that layers that are not part of it have their inputs in another.
         precision: How the weights are stored: "fp32" (as they are), "fp16", "int8", "int8-static"
             or "int4", see :func:`~gauge_ext.export.quantize_onnx`. The merged float32 graph is
             validated first; then it is quantized, and what that costs is measured against it.
@@ -158,7 +161,8 @@ def export_onnx(
             )
             if opened is not None:
                 form, stored = require_choice(adapter_form, adapter_precision, opened.compute)
-                graph, table = open_inputs(graph, opened, form, stored, said["base_sha256"])
+                digest = said["base_sha256"]
+                graph, table = open_inputs(graph, opened, form, stored, digest, part=adapter_part)
                 adapter_inputs = {name: shape for name, (shape, _) in table.shapes.items()}
             written = annotate(graph, said)
         with steps.step("write", "writing", 0.6):

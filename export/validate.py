@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gauge_ext.errors import ConfigError, ExportError, ValidationError
+from gauge_ext.errors import ConfigError, ValidationError
 from gauge_ext.export.adapters.feeds import adapter_feeds
 from gauge_ext.export.adapters.table import AdapterTable
 from gauge_ext.export.checks import require_count, require_packages
 from gauge_ext.export.compare import compare
 from gauge_ext.export.metadata import read_bounds
 from gauge_ext.export.report import CaseResult, ValidationReport
+from gauge_ext.export.session import open_session
 from gauge_ext.export.tolerance import Tolerance
 from gauge_ext.export.trace.cases import Case, Limits, MakeInputs, make_cases
 from gauge_ext.export.trace.inputs import BoundInputs, bind_inputs
@@ -174,34 +175,6 @@ def fixed_feeds(session: Any, model: nn.Module) -> dict[str, Any]:
     """What a graph with inputs for adapters is fed, beside what the model is called with."""
     table = AdapterTable.from_metadata(session.get_modelmeta().custom_metadata_map)
     return {} if table is None else dict(adapter_feeds(table, model))
-
-
-def open_session(path: Path) -> tuple[Any, str]:
-    """An onnxruntime session of a file on the CPU, and the runtime's name and version.
-
-    Raises:
-        ConfigError: there is no such file.
-        ExportError: onnxruntime cannot load it.
-    """
-    import onnxruntime
-
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}.", hint="Give the path of an ONNX file.")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors come as exceptions; warnings are about its own passes
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-    # onnxruntime's exceptions have no common base but Exception. They are raised on with their
-    # words, which name the file that was run; in an export it is a draft that is gone by now.
-    except Exception as error:
-        words = str(error).strip().replace(str(path), path.name)
-        raise ExportError(
-            f"onnxruntime cannot load {path.name}: {words}",
-            hint="If an operator is not implemented for this dtype, export in float32.",
-        ) from error
-    return session, f"onnxruntime {onnxruntime.__version__} (CPU)"
 
 
 def evaluation_copy(model: nn.Module) -> nn.Module:

@@ -141,6 +141,12 @@ def write_onnx_adapter(
     factors, digest, what = effective_factors(adapter)
     # Before any gauge is measured: what does not fit needs none.
     prefix = table.place(factors, what)
+    factors = {name: pair for name, pair in factors.items() if prefix + name in table.inputs}
+    if not factors:
+        raise AdapterMismatchError(
+            f"{what} has no factors for {Path(graph).name}: its layers are all in another graph.",
+            hint="Write it for the other graph of the folder; this one needs no file.",
+        )
     factors, gauges, losses = _choose(factors, table, gauge)
     arrays = table.pack(factors, what)
     require_space(target, sum(array.nbytes for array in arrays.values()))
@@ -166,6 +172,21 @@ def read_table(graph: Path) -> AdapterTable:
     Raises:
         ConfigError: there is no such file, it is no ONNX file, or it has no adapter inputs.
     """
+    table = find_table(graph)
+    if table is None:
+        raise ConfigError(
+            f"{graph} has no adapter inputs.",
+            hint="Export it with mode='adapters' (gauge-ext export --mode adapters).",
+        )
+    return table
+
+
+def find_table(graph: Path) -> AdapterTable | None:
+    """The table of a graph's adapter inputs, or None where it has none.
+
+    Raises:
+        ConfigError: there is no such file, or it is no ONNX file.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -175,13 +196,7 @@ def read_table(graph: Path) -> AdapterTable:
         model = onnx.load(str(graph), format="protobuf", load_external_data=False)
     except (OSError, DecodeError) as error:
         raise ConfigError(f"{graph} is not a whole ONNX file: {error}.") from error
-    table = AdapterTable.from_metadata({entry.key: entry.value for entry in model.metadata_props})
-    if table is None:
-        raise ConfigError(
-            f"{graph} has no adapter inputs.",
-            hint="Export it with mode='adapters' (gauge-ext export --mode adapters).",
-        )
-    return table
+    return AdapterTable.from_metadata({entry.key: entry.value for entry in model.metadata_props})
 
 
 def effective_factors(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,6 @@ from gauge_ext.export.adapters.table import (
 from gauge_ext.export.trace.graph import Graph
 from gauge_ext.models import attached_modules, detach, find_targets, lora_layers
 from gauge_ext.models.attach import unwrap
-
-if TYPE_CHECKING:
-    pass
 
 # Of the factors that are traced; it leaves no trace in the graph.
 _RANK = 2
@@ -167,7 +164,13 @@ def require_choice(
 
 
 def open_inputs(
-    graph: Graph, opened: Opened, form: AdapterForm, precision: AdapterPrecision, base: str
+    graph: Graph,
+    opened: Opened,
+    form: AdapterForm,
+    precision: AdapterPrecision,
+    base: str,
+    *,
+    part: bool = False,
 ) -> tuple[Graph, AdapterTable]:
     """Makes inputs of the factors of a traced graph, and says in the metadata whose they are.
 
@@ -177,6 +180,7 @@ def open_inputs(
         form: Whether the inputs have defaults of rank 0.
         precision: How the factors are stored; the graph turns them into the layers' dtype.
         base: The base's SHA-256.
+        part: Whether layers that are not part of the graph are in another graph of the model.
 
     Returns:
         The graph, whose parameters no longer count the factors; the table.
@@ -189,13 +193,14 @@ def open_inputs(
         values = [graph.model.graph.initializers.get(key) for key in (entry.lora_A, entry.lora_B)]
         if None not in values:
             inputs[name] = entry
-    if unused := [name for name in opened.inputs if name not in inputs]:
+    unused = tuple(name for name in opened.inputs if name not in inputs)
+    if unused and not part:
         raise ExportError(
             f"{len(unused)} of the layers that are to take an adapter are not part of the graph, "
             f"the first of them {unused[0]!r}: no output depends on them.",
             hint="Leave them out of adapter_targets, or export outputs that need them.",
         )
-    table = AdapterTable(form, precision, opened.compute, base, inputs)
+    table = AdapterTable(form, precision, opened.compute, base, inputs, unused)
     for entry in inputs.values():
         _name_rank(graph, entry)
         for name in (entry.lora_A, entry.lora_B):
@@ -346,11 +351,13 @@ def with_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]])
 
     Args:
         model: A model with adapters.
-        factors: Path of a layer -> lora_A ``(r, in)`` and *scaling times* lora_B ``(out, r)``.
+        factors: Path of a layer -> lora_A ``(r, in)`` and *scaling times* lora_B ``(out, r)``;
+            layers that are not among them keep theirs.
     """
     twin = _twin(unwrap(model)).eval()
-    for name, layer in lora_layers(twin).items():
-        a, b = factors[name]
+    layers = lora_layers(twin)
+    for name, (a, b) in factors.items():
+        layer = layers[name]
         layer.lora_A = nn.Parameter(a.to(layer.lora_A), requires_grad=False)
         layer.lora_B = nn.Parameter(b.to(layer.lora_B) / layer.scaling, requires_grad=False)
     return twin

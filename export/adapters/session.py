@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from gauge_ext.errors import ConfigError, ExportError
 from gauge_ext.export.adapters.mix import mix
 from gauge_ext.export.adapters.table import AdapterTable, Arrays
+from gauge_ext.export.session import CPU, open_session
 
 _MIXTURES = 8  # kept for calls to come; each takes the memory of its adapters
 
@@ -33,10 +34,10 @@ class AdapterSession:
     works on the adapters that there were when it began.
 
     Args:
-        path: The graph.
+        graph: The file, or an ``onnxruntime.InferenceSession`` of it.
         adapters: Name -> what :meth:`add` takes.
-        session_options: onnxruntime's, such as its number of threads.
-        providers: onnxruntime's; by default the CPU.
+        session_options: onnxruntime's, such as its number of threads; for a file.
+        providers: onnxruntime's; by default the CPU; for a file.
 
     Attributes:
         table: Which inputs belong to which layer.
@@ -50,31 +51,25 @@ class AdapterSession:
 
     def __init__(
         self,
-        path: str | Path,
+        graph: Any,
         adapters: Mapping[str, str | Path | Mapping[str, ArrayLike]] | None = None,
         *,
         session_options: Any = None,
-        providers: Sequence[Any] = ("CPUExecutionProvider",),
+        providers: Sequence[Any] = CPU,
     ) -> None:
-        onnxruntime = _onnxruntime()
-        if not Path(path).is_file():
-            raise ConfigError(f"there is no file {path}.", hint="Give the path of an ONNX file.")
-        if session_options is None:
-            session_options = onnxruntime.SessionOptions()
-            # It warns of every input with a default, which is what these are meant to be.
-            session_options.log_severity_level = 3
-        try:
-            session = onnxruntime.InferenceSession(
-                str(path), session_options, providers=list(providers)
-            )
-        except Exception as error:  # onnxruntime's exceptions have no other common base
-            raise ExportError(f"onnxruntime cannot load {path}: {str(error).strip()}") from error
+        if isinstance(graph, str | Path):
+            session, _ = open_session(graph, session_options, providers)
+            what = str(graph)
+        else:
+            session, what = graph, "the graph of this session"
         table = AdapterTable.from_metadata(session.get_modelmeta().custom_metadata_map)
         if table is None:
             raise ConfigError(
-                f"{path} has no adapter inputs.",
+                f"{what} has no adapter inputs.",
                 hint="Export it with mode='adapters' (gauge-ext export --mode adapters).",
             )
+        import onnxruntime
+
         self.table = table
         self._session = session
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
@@ -302,13 +297,3 @@ def _key(choice: Choice) -> Hashable:
         if isinstance(weight, bool) or not np.isfinite(weight):
             raise ConfigError(f"the weight of {name!r} must be a finite number, got {weight!r}.")
     return tuple(sorted((name, float(weight)) for name, weight in choice.items()))
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ExportError(
-            "onnxruntime is not installed.", hint="Type: pip install onnxruntime"
-        ) from error
-    return onnxruntime

@@ -76,6 +76,8 @@ class AdapterTable:
         base: The SHA-256 of the base that the graph holds, see
             :func:`gauge_ext.export.metadata.base_sha256`.
         inputs: Path of the layer -> its inputs.
+        elsewhere: Layers of the same model whose inputs another graph has, such as the decoder's
+            where this is the encoder. An adapter may have factors for them.
     """
 
     form: AdapterForm
@@ -83,6 +85,7 @@ class AdapterTable:
     compute: str
     base: str
     inputs: Mapping[str, AdapterInput]
+    elsewhere: tuple[str, ...] = ()
 
     @property
     def version(self) -> int:
@@ -140,8 +143,14 @@ class AdapterTable:
             }
             for entry in self.inputs.values()
         }
-        head = {"form": self.form, "precision": self.precision, "compute": self.compute}
+        head: dict[str, Any] = {
+            "form": self.form,
+            "precision": self.precision,
+            "compute": self.compute,
+        }
         layout = "lora_A (in, r) and lora_B (r, out), transposed; lora_B times the scaling"
+        if self.elsewhere:
+            head["elsewhere"] = list(self.elsewhere)
         return json.dumps({**head, "base_sha256": self.base, "layout": layout, "layers": layers})
 
     @classmethod
@@ -164,7 +173,9 @@ class AdapterTable:
             form, precision = said["form"], said["precision"]
             if form not in FORMS or precision not in PRECISIONS:
                 raise ValueError(f"form {form!r}, precision {precision!r}")
-            return cls(form, precision, str(said["compute"]), str(said["base_sha256"]), inputs)
+            elsewhere = tuple(map(str, said.get("elsewhere", ())))
+            compute, base = str(said["compute"]), str(said["base_sha256"])
+            return cls(form, precision, compute, base, inputs, elsewhere)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"the metadata {METADATA_KEY} is not what gauge_ext writes: {error!r}.",
@@ -189,15 +200,16 @@ class AdapterTable:
                 shapes.
         """
         first = next(iter(factors))
-        prefixes = [name.removesuffix(first) for name in self.inputs if name.endswith(first)]
+        known = {*self.inputs, *self.elsewhere}
+        prefixes = [name.removesuffix(first) for name in known if name.endswith(first)]
         fitting = [
             prefix
             for prefix in prefixes
             if (not prefix or prefix.endswith("."))
-            and all(prefix + name in self.inputs for name in factors)
+            and all(prefix + name in known for name in factors)
         ]
         if len(fitting) != 1 and "" not in fitting:
-            lacking = [name for name in factors if name not in self.inputs]
+            lacking = [name for name in factors if name not in known]
             raise AdapterMismatchError(
                 f"{what} has factors for {len(factors)} modules, and the graph has no inputs for "
                 f"{len(lacking)} of them: {_some(lacking)}. It has inputs for "
@@ -207,7 +219,8 @@ class AdapterTable:
             )
         prefix = "" if "" in fitting else fitting[0]
         for name, (a, b) in factors.items():
-            entry = self.inputs[prefix + name]
+            if (entry := self.inputs.get(prefix + name)) is None:
+                continue
             if (a.shape[1], b.shape[0]) != (entry.in_features, entry.out_features):
                 raise AdapterMismatchError(
                     f"{what} does not fit the graph at {name!r}: lora_A {a.shape} and lora_B "
@@ -225,8 +238,8 @@ class AdapterTable:
             what: The adapter's name, for messages.
 
         Returns:
-            The arrays of the modules that the adapter has; in the required form those of all
-            modules, with zeros of rank 1 where the adapter has none.
+            The arrays of the graph's modules that the adapter has; in the required form those of
+            all modules, with zeros of rank 1 where the adapter has none.
 
         Raises:
             AdapterMismatchError: see :meth:`place`.
@@ -235,7 +248,8 @@ class AdapterTable:
         prefix = self.place(factors, what)
         arrays = self.empty(rank=1) if self.form == "required" else {}
         for name, (a, b) in factors.items():
-            entry = self.inputs[prefix + name]
+            if (entry := self.inputs.get(prefix + name)) is None:
+                continue
             for key, matrix, axis in ((entry.lora_A, a.T, 1), (entry.lora_B, b.T, 0)):
                 codes, scale = encode(matrix, self.precision, axis)
                 if codes.dtype == np.float16 and not np.isfinite(codes).all():

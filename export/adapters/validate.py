@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gauge_ext.export.adapters.feeds import adapter_feeds
 from gauge_ext.export.adapters.file import read_table
@@ -58,20 +58,28 @@ def validate_adapters(
     if not adapted:
         return base
     table = read_table(Path(path))
-    twin = with_factors(model, _as_fed(table, model))
+    twin = as_fed([table], model)
     found = validate_onnx(path, twin, example_inputs, progress=second, **options)
     cases = tuple(replace(case, name=f"{case.name}, with adapter") for case in found.cases)
     return replace(base, cases=base.cases + cases)
 
 
-def _as_fed(table: AdapterTable, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    feeds = adapter_feeds(table, model)
+def as_fed(tables: Iterable[AdapterTable], model: nn.Module) -> nn.Module:
+    """A copy of an adapted model that computes with the factors that its graphs are fed.
+
+    Args:
+        tables: Of the graphs, which may share the layers among them.
+        model: The model, its adapters unmerged.
+    """
     factors = {}
-    for name in lora_layers(model):
-        entry = table.inputs[name]
-        a, b = (
-            torch.from_numpy(decode(feeds[key], feeds.get(f"{key}.scale"), axis)).mT
-            for key, axis in ((entry.lora_A, 1), (entry.lora_B, 0))
-        )
-        factors[name] = (a, b)
-    return factors
+    layers = lora_layers(model)
+    for table in tables:
+        feeds = adapter_feeds(table, model)
+        for name in layers:
+            if (entry := table.inputs.get(name)) is not None:
+                a, b = (
+                    torch.from_numpy(decode(feeds[key], feeds.get(f"{key}.scale"), axis)).mT
+                    for key, axis in ((entry.lora_A, 1), (entry.lora_B, 0))
+                )
+                factors[name] = (a, b)
+    return with_factors(model, factors)

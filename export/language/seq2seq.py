@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gauge_ext.errors import ConfigError
-from gauge_ext.export.checks import require_packages
-from gauge_ext.export.compare import compare
-from gauge_ext.export.disk.files import staged_folder
+from gauge_ext.export.adapters.table import AdapterForm, AdapterPrecision
 from gauge_ext.export.language.cached import decoder_step, encoder_step
-from gauge_ext.export.language.causal_lm import BATCH, PAST, SEQUENCE
-from gauge_ext.export.language.model_folder import (
-    ModelReport,
-    placed,
-    report_of,
-    settle,
-    write_manifest,
-    write_settings,
-)
+from gauge_ext.export.language.causal_inputs import BATCH, PAST, SEQUENCE
+from gauge_ext.export.language.folder import GraphOptions, Kind, export_folder, judge
+from gauge_ext.export.language.graphs import DECODER, ENCODER
+from gauge_ext.export.language.loop import Sample, run_loop
+from gauge_ext.export.language.model_folder import ModelReport
+from gauge_ext.export.language.seq2seq_inputs import SOURCE, Seq2SeqInputs
 from gauge_ext.export.proof.subject import Subject
-from gauge_ext.export.report import CaseResult, ExportReport, ValidationReport
-from gauge_ext.export.to_onnx import export_onnx
+from gauge_ext.export.report import ValidationReport
 from gauge_ext.export.tolerance import Tolerance
-from gauge_ext.export.trace.cases import Limits
-from gauge_ext.export.validate import (
-    DisagreementError,
-    Progress,
-    evaluation_copy,
-    float_dtypes,
-    open_session,
-    usual_tolerance,
-)
+from gauge_ext.export.validate import Progress
 from gauge_ext.models.attach import unwrap
 
-ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
-SOURCE = "encoder_sequence_length"
 _EXAMPLE = {BATCH: 2, SEQUENCE: 3, PAST: 5, SOURCE: 7}
 _CASES = {
     "first token": {BATCH: 3, SEQUENCE: 1, PAST: 0, SOURCE: 6},
@@ -57,6 +39,10 @@ def export_seq2seq(
     folder: str | Path,
     *,
     source: str | Path | None = None,
+    mode: Literal["merged", "adapters"] = "merged",
+    adapter_targets: str | Sequence[str] | None = None,
+    adapter_form: AdapterForm = "optional",
+    adapter_precision: AdapterPrecision | None = None,
     opset: int = 20,
     external_data: bool | None = None,
     validate: bool = True,
@@ -65,7 +51,7 @@ def export_seq2seq(
     provenance: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> ModelReport:
-    """Merges a copy of an encoder-decoder model and writes it as an encoder and a decoder.
+    """Writes an encoder-decoder model as two graphs: merged, or open for adapters.
 
     ``encoder_model.onnx`` takes ``input_ids`` and ``attention_mask (batch_size,
     encoder_sequence_length)``, or ``input_features`` of speech; it gives ``last_hidden_state`` and
@@ -77,11 +63,18 @@ def export_seq2seq(
     ``present.N.decoder.key`` and ``.value``. One graph serves the first step and all others, so
     that no weight is stored for each of them.
 
+    With ``mode="adapters"`` each graph has the inputs of its own layers: the encoder's graph those
+    of the encoder and of the keys and values of the cross attention, the decoder's all others.
+
     Args:
         model: T5, BART, Whisper and others of transformers whose decoder has a cross attention.
         folder: The folder to write; it must not exist or be empty.
         source: The folder that the model was loaded from, for its tokenizer or processor.
-        opset: See :func:`gauge_ext.export.export_causal_lm`; so are the others.
+        mode: See :func:`gauge_ext.export.export_causal_lm`; so are the following.
+        adapter_targets: Which layers take factors, with ``mode="adapters"``.
+        adapter_form: "optional" or "required".
+        adapter_precision: "float32", "float16", "int8", or None.
+        opset: Version of the operators.
         external_data: Whether weights go into files of their own.
         validate: Whether to run the graphs before the folder is put in place.
         tolerance: How far onnxruntime may be from torch; by default by dtype.
@@ -93,56 +86,24 @@ def export_seq2seq(
         What was written, and what validation found.
 
     Raises:
-        ConfigError: this is no such model.
+        ConfigError: this is no such model, or an argument cannot be used.
+        TargetError: with ``mode="adapters"``, a layer is none that can take factors as inputs.
         ExportError: torch cannot translate it, onnxruntime cannot load a graph, or a package is
             missing.
         ValidationError: onnxruntime and torch disagree.
         WriteError: the folder cannot be written.
     """
-    require_packages()
-    folder = Path(folder)
-    inner = unwrap(model)
-    inputs = Seq2SeqInputs.of(inner)
-    tell = progress or (lambda what, share: None)
-    with staged_folder(folder) as draft:
-        reports: list[ExportReport] = []
-        shapes = (inputs.encoder_shapes, inputs.decoder_shapes)
-        subjects = seq2seq_subjects(draft, inner, seed)
-        for index, (subject, axes) in enumerate(zip(subjects, shapes, strict=True)):
-            reports.append(
-                export_onnx(
-                    subject.module,
-                    subject.example,
-                    subject.path,
-                    dynamic_shapes=axes,
-                    opset=opset,
-                    external_data=external_data,
-                    validate=False,
-                    provenance={"task": "seq2seq", **(provenance or {})},
-                    progress=lambda what, share, index=index: tell(  # type: ignore[misc]
-                        what, 0.3 * (index + share)
-                    ),
-                )
-            )
-        found: tuple[ValidationReport | None, ...] = (None, None, None)
-        if validate:
-            found = validate_seq2seq(
-                draft,
-                inner,
-                tolerance=tolerance,
-                seed=seed,
-                progress=lambda what, share: tell(what, 0.6 + 0.4 * share),
-            )
-            for judged in found:
-                if judged is not None and not judged.passed:
-                    raise DisagreementError(placed(judged, folder))
-        graphs = [
-            settle(report, draft, one, whole)
-            for report, one, whole in zip(reports, found[:2], (None, found[2]), strict=True)
-        ]
-        write_settings(inner, draft, None if source is None else Path(source))
-        write_manifest(draft, "seq2seq")
-        return report_of(draft, folder, "seq2seq", graphs, found[2])
+    return export_folder(
+        seq2seq_kind(model),
+        Path(folder),
+        GraphOptions(opset, external_data, mode, adapter_targets, adapter_form, adapter_precision),
+        source=None if source is None else Path(source),
+        validate=validate,
+        tolerance=tolerance,
+        seed=seed,
+        provenance=provenance,
+        progress=progress,
+    )
 
 
 def validate_seq2seq(
@@ -163,41 +124,43 @@ def validate_seq2seq(
         ConfigError: the folder has no such graphs, or this is another kind of model.
         ExportError: onnxruntime is missing or cannot load a graph.
     """
-    encoder, decoder = seq2seq_subjects(Path(folder), model, seed)
-    told = progress or (lambda what, share: None)
-    return (
-        encoder.validate(
-            tolerance=tolerance, seed=seed, progress=lambda what, share: told(what, share / 3)
-        ),
-        decoder.validate(
-            tolerance=tolerance,
-            seed=seed,
-            progress=lambda what, share: told(what, (1 + 2 * share) / 3),
-        ),
-        seq2seq_whole(Path(folder), model, tolerance, seed),
-    )
+    (encoder, decoder), whole = judge(seq2seq_kind(model), Path(folder), tolerance, seed, progress)
+    return encoder, decoder, whole
 
 
-def seq2seq_subjects(folder: Path, model: nn.Module, seed: int) -> list[Subject]:
-    """Encoder and decoder of a folder, and what they have to equal.
+def seq2seq_kind(model: nn.Module) -> Kind:
+    """What an encoder-decoder model becomes.
 
     Raises:
         ConfigError: this is another kind of model.
     """
     inner = unwrap(model)
     inputs = Seq2SeqInputs.of(inner)
+    return Kind(
+        task="seq2seq",
+        model=inner,
+        subjects=lambda folder, seed: _subjects(folder, inner, inputs, seed),
+        axes=[inputs.encoder_shapes, inputs.decoder_shapes],
+        whole=lambda folder, tolerance, seed: run_loop(
+            folder, DECODER, inner, _sample(inputs, seed), tolerance
+        ),
+        settings=lambda report: {},
+    )
+
+
+def _subjects(folder: Path, model: nn.Module, inputs: Seq2SeqInputs, seed: int) -> list[Subject]:
     generator = torch.Generator().manual_seed(seed)
     return [
         Subject(
             folder / ENCODER,
-            encoder_step(inner),
+            encoder_step(model),
             inputs.encoder(_EXAMPLE, generator),
             random_cases=1,
             timed={"source of 32": {SOURCE: 32}} if inputs.frames is None else {},
         ),
         Subject(
             folder / DECODER,
-            decoder_step(inner),
+            decoder_step(model),
             inputs(_EXAMPLE, generator),
             make_inputs=inputs,
             cases=_CASES,
@@ -207,143 +170,19 @@ def seq2seq_subjects(folder: Path, model: nn.Module, seed: int) -> list[Subject]
     ]
 
 
-@dataclass(frozen=True)
-class Seq2SeqInputs:
-    """Makes inputs of both graphs for given sizes.
-
-    Attributes:
-        layers: How many layers the decoder has.
-        heads: Of its attention.
-        size: Of each head.
-        vocabulary: Token ids are below this.
-        features: Shape of one sample of speech, ``(mel bins, frames)``; None for text.
-        frames: Length of the encoder's output for speech.
-        dtype: Of the past and of speech.
-    """
-
-    layers: int
-    heads: int
-    size: int
-    vocabulary: int
-    features: tuple[int, int] | None
-    frames: int | None
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Seq2SeqInputs:
-        """Reads them off a model, by running its encoder on a sample.
-
-        Raises:
-            ConfigError: its inputs are neither token ids nor speech of a known length.
-        """
-        step: Any = encoder_step(model)
-        held: Any = model
-        vocabulary = Limits.of(model).vocabulary
-        features = None
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        if held.main_input_name == "input_features" and hasattr(held.config, "num_mel_bins"):
-            # Two convolutions, the second with a stride of 2, before the positions.
-            features = (held.config.num_mel_bins, 2 * held.config.max_source_positions)
-            sample = {"input_features": torch.zeros(1, *features, dtype=dtype)}
-        elif held.main_input_name == "input_ids":
-            ids = torch.zeros(1, 2, dtype=torch.int64)
-            sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        else:
-            raise ConfigError(
-                f"no inputs are known for the encoder of {type(model).__name__}, which takes "
-                f"{held.main_input_name}.",
-                hint="Export its parts with export_onnx.",
-            )
-        if vocabulary is None:
-            raise ConfigError(f"{type(model).__name__} has no config.vocab_size.")
-        with torch.no_grad():
-            present = evaluation_copy(step)(**sample)["present"]
-        key = present[0]["encoder"]["key"]
-        frames = key.shape[2] if features is not None else None
-        return cls(len(present), key.shape[1], key.shape[3], vocabulary, features, frames, dtype)
-
-    def encoder(self, sizes: Mapping[str, int], generator: torch.Generator) -> dict[str, Tensor]:
-        """Random inputs of the encoder; all rows of text but the first padded on the right."""
-        rows = sizes[BATCH]
-        if self.features is not None:
-            made = torch.randn(rows, *self.features, generator=generator)
-            return {"input_features": made.to(self.dtype)}
-        shape = (rows, sizes[SOURCE])
-        ids = torch.randint(self.vocabulary, shape, generator=generator)
-        return {"input_ids": ids, "attention_mask": _right_padded(*shape, generator)}
-
-    def __call__(self, sizes: dict[str, int], generator: torch.Generator) -> dict[str, Any]:
-        """Random inputs of the decoder."""
-        rows = sizes[BATCH]
-        source = sizes[SOURCE] if self.frames is None else self.frames
-        shape = (rows, sizes[SEQUENCE])
-        made: dict[str, Any] = {
-            "decoder_input_ids": torch.randint(self.vocabulary, shape, generator=generator)
-        }
-        if self.features is None:
-            made["encoder_attention_mask"] = _right_padded(rows, source, generator)
-        made["past_key_values"] = [
-            {
-                part: {
-                    name: torch.randn(rows, self.heads, length, self.size, generator=generator).to(
-                        self.dtype
-                    )
-                    for name in ("key", "value")
-                }
-                for part, length in (("decoder", sizes[PAST]), ("encoder", source))
-            }
-            for _ in range(self.layers)
-        ]
-        return made
-
-    @property
-    def encoder_shapes(self) -> dict[str, Any]:
-        """Which axes of the encoder's inputs vary, in torch.export's form."""
-        if self.features is not None:
-            return {"input_features": {0: BATCH}}
-        return {name: {0: BATCH, 1: SOURCE} for name in ("input_ids", "attention_mask")}
-
-    @property
-    def decoder_shapes(self) -> dict[str, Any]:
-        """Which axes of the decoder's inputs vary, in torch.export's form."""
-        source = {0: BATCH, 2: SOURCE} if self.frames is None else {0: BATCH}
-        lengths = {"decoder": {0: BATCH, 2: PAST}, "encoder": source}
-        shapes: dict[str, Any] = {"decoder_input_ids": {0: BATCH, 1: SEQUENCE}}
-        if self.features is None:
-            shapes["encoder_attention_mask"] = {0: BATCH, 1: SOURCE}
-        shapes["past_key_values"] = [
-            {part: {"key": axes, "value": axes} for part, axes in lengths.items()}
-            for _ in range(self.layers)
-        ]
-        return shapes
-
-
-def _right_padded(rows: int, length: int, generator: torch.Generator) -> Tensor:
-    lengths = torch.randint(1, length + 1, (rows, 1), generator=generator)
-    lengths[0] = length
-    return (torch.arange(length) < lengths).long()
-
-
-def seq2seq_whole(
-    folder: Path, model: nn.Module, tolerance: Tolerance | None, seed: int
-) -> ValidationReport:
-    """The encoder's result into the decoder, token after token, against the plain model."""
-    from gauge_ext.export.language.generate import OnnxGenerator
-
-    inputs = Seq2SeqInputs.of(unwrap(model))
+def _sample(inputs: Seq2SeqInputs, seed: int) -> Sample:
+    """The encoder's result into the decoder, token after token."""
     generator = torch.Generator().manual_seed(seed + 1)
-    reference = evaluation_copy(model)
     rows, length = 2, sum(_PIECES)
     given = inputs.encoder({BATCH: rows, SOURCE: 8}, generator)
     ids = torch.randint(inputs.vocabulary, (rows, length), generator=generator)
-    with torch.no_grad():
-        expected = reference(**given, decoder_input_ids=ids, use_cache=False).logits
-    _, runtime = open_session(folder / DECODER)
-    source, mask = next(iter(given.values())), given.get("attention_mask")
-    session = OnnxGenerator(folder).decoder(source, attention_mask=mask)
-    found = [torch.from_numpy(session.feed(piece.numpy())) for piece in ids.split(_PIECES, 1)]
-    bar = tolerance or usual_tolerance(float_dtypes([*reference.parameters(), expected]))
-    difference = compare("logits", expected, torch.cat(found, 1), bar, logits=True)
-    name = "encoder, then a loop of " + ", ".join(map(str, _PIECES)) + " tokens"
-    case = CaseResult(name, {BATCH: rows, SEQUENCE: length}, (difference,))
-    return ValidationReport(folder / DECODER, runtime, (case,))
+    return Sample(
+        name="encoder, then a loop of " + ", ".join(map(str, _PIECES)) + " tokens",
+        source=next(iter(given.values())),
+        source_mask=given.get("attention_mask"),
+        ids=ids,
+        mask=torch.ones_like(ids),
+        pieces=_PIECES,
+        whole=lambda ids, mask: {**given, "decoder_input_ids": ids},
+        sizes={BATCH: rows, SEQUENCE: length},
+    )

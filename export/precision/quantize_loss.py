@@ -141,7 +141,7 @@ def output_losses(
     import torch
 
     from gauge_ext.export.compare import compare
-    from gauge_ext.export.validate import open_session
+    from gauge_ext.export.session import open_session
 
     one, runtime = open_session(exact)
     other, _ = open_session(quantized)

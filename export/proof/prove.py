@@ -4,63 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from gauge_ext.errors import ConfigError
-from gauge_ext.export.metadata import read_bounds
 from gauge_ext.export.proof.measure import Latency, Memory, interleaved, measure_memory
+from gauge_ext.export.proof.perplexity import Perplexity
 from gauge_ext.export.proof.runtimes import open_runtime
 from gauge_ext.export.proof.subject import Subject
+from gauge_ext.export.proof.timed import runtime_call, timed_cases, torch_call
 from gauge_ext.export.report import ValidationReport
+from gauge_ext.export.session import open_session
 from gauge_ext.export.tolerance import Tolerance
-from gauge_ext.export.trace.cases import Case, make_cases
-from gauge_ext.export.trace.inputs import bind_inputs
-from gauge_ext.export.validate import (
-    Progress,
-    Runtime,
-    evaluation_copy,
-    fixed_feeds,
-    match_inputs,
-    open_session,
-)
+from gauge_ext.export.validate import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 BATCHES = (1, 8)
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """The same text through both.
-
-    Attributes:
-        tokens: How many tokens it has.
-        torch: Perplexity of the torch model.
-        onnx: Perplexity of the graph.
-        limit: The largest |onnx / torch - 1| allowed.
-    """
-
-    tokens: int
-    torch: float
-    onnx: float
-    limit: float = 1e-3
-
-    @property
-    def difference(self) -> float:
-        """Perplexity of the graph over that of torch, less one."""
-        return self.onnx / self.torch - 1.0
-
-    @property
-    def passed(self) -> bool:
-        """Whether the difference is within the limit."""
-        return abs(self.difference) <= self.limit
 
 
 @dataclass(frozen=True)
@@ -212,12 +174,12 @@ def prove(
                 done += 1
             if latency:
                 tell(f"timing {subject.path.name}", done / total)
-                for label, batch, case, feeds in _timed(subject, batches, seed):
+                for label, batch, case, feeds in timed_cases(subject, batches, seed):
                     calls: dict[str, Callable[[], float | None]] = {
-                        "torch": _torch_call(subject.module, case)
+                        "torch": torch_call(subject.module, case)
                     }
                     calls |= {
-                        name: _runtime_call(runtime, subject.path, feeds)
+                        name: runtime_call(runtime, subject.path, feeds)
                         for name, runtime in opened.items()
                     }
                     seconds, rounds = interleaved(calls, seconds=latency)
@@ -225,7 +187,7 @@ def prove(
                 done += 1
         if memory:
             tell(f"measuring the memory of {subject.path.name}", done / total)
-            for label, batch, _, feeds in _timed(subject, batches, seed):
+            for label, batch, _, feeds in timed_cases(subject, batches, seed):
                 memories.append(measure_memory(label, batch, subject.path, feeds))
             done += 1
     for whole in wholes:
@@ -241,106 +203,3 @@ def prove(
         perplexity=None if perplexity is None else perplexity(),
         provenance=dict(metadata),
     )
-
-
-def text_perplexity(folder: Path, model: nn.Module, text: str, *, window: int = 512) -> Perplexity:
-    """The perplexity of a text in torch and in the graph of a folder, with the folder's tokenizer.
-
-    Raises:
-        ConfigError: the folder has no tokenizer, or the text is too short.
-    """
-    from gauge_ext.export.language.generate import OnnxGenerator
-
-    tokens = torch.tensor(_tokenize(folder, text), dtype=torch.int64)
-    reference: Any = evaluation_copy(model)
-    positions = getattr(reference.config.get_text_config(), "max_position_embeddings", None)
-    window = min(window, positions or window)
-    found = OnnxGenerator(folder).perplexity(tokens, window=window)
-    total, count = 0.0, 0
-    for piece in tokens.split(window):
-        if len(piece) < 2:
-            continue
-        with torch.no_grad():
-            logits = reference(input_ids=piece[None], use_cache=False).logits[0, :-1]
-        chances = logits.double().log_softmax(-1)
-        total -= float(chances.gather(-1, piece[1:, None]).sum())
-        count += len(piece) - 1
-    return Perplexity(len(tokens), float(torch.tensor(total / count).exp()), found)
-
-
-def _tokenize(folder: Path, text: str) -> list[int]:
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ConfigError(
-            f"{folder} has no tokenizer, so the text cannot be turned into tokens.",
-            hint="Export from a folder that has one.",
-        )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    ids = [int(token) for token in tokenizer(text)["input_ids"]]
-    if len(ids) < 2:
-        raise ConfigError(f"the text has {len(ids)} tokens, and at least 2 are needed.")
-    return ids
-
-
-def _timed(
-    subject: Subject, batches: Sequence[int], seed: int
-) -> list[tuple[str, int, Case, dict[str, Any]]]:
-    """What to time: label, batch size, inputs for torch, the same for the graph."""
-    example = bind_inputs(subject.module, subject.example)
-    session, _ = open_session(subject.path)
-    fixed = fixed_feeds(session, subject.module)
-    shapes, names = match_inputs(session, example, fixed)
-    batch_name = next((shape[0] for shape in shapes if shape and isinstance(shape[0], str)), None)
-    sizes = {
-        dim: size
-        for tensor, shape in zip(example.tensors, shapes, strict=True)
-        for size, dim in zip(tensor.shape, shape, strict=True)
-        if isinstance(dim, str)
-    }
-    plans: dict[str, tuple[int, dict[str, int]]] = {}
-    for label, given in (subject.timed or {"example's sizes": {}}).items():
-        for batch in batches if batch_name is not None else ():
-            plans[f"{label}, batch {batch}"] = (batch, {**sizes, **given, str(batch_name): batch})
-    label_of = {f"{label}, batch {b}": label for label in subject.timed or ("",) for b in batches}
-    cases = make_cases(
-        subject.module,
-        example,
-        shapes,
-        bounds=read_bounds(session.get_modelmeta().custom_metadata_map),
-        random_cases=0,
-        seed=seed,
-        make_inputs=subject.make_inputs,
-        plans={name: plan for name, (_, plan) in plans.items()},
-    )
-    rows = []
-    for index, case in enumerate(cases):
-        if index == 0 and plans:  # the example itself, unless its sizes are fixed
-            continue
-        batch = plans[case.name][0] if plans else example.tensors[0].shape[0]
-        what = " ".join(filter(None, (subject.path.name, label_of.get(case.name))))
-        feeds = {n: t.numpy() for n, t in zip(names, case.inputs.tensors, strict=True)}
-        rows.append((what, batch, case, {**fixed, **feeds}))
-    return rows
-
-
-def _torch_call(module: nn.Module, case: Case) -> Callable[[], None]:
-    reference = evaluation_copy(module)
-
-    def call() -> None:
-        with torch.inference_mode():
-            reference(*case.inputs.args, **case.inputs.kwargs)
-
-    return call
-
-
-def _runtime_call(
-    runtime: Runtime, path: Path, feeds: Mapping[str, Any]
-) -> Callable[[], float | None]:
-    outputs = [value.name for value in open_session(path)[0].get_outputs()]
-
-    def call() -> float | None:
-        runtime.run(outputs, feeds)
-        return runtime.seconds
-
-    return call

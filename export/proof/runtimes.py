@@ -21,7 +21,8 @@ from typing import Any, Self
 
 from gauge_ext.errors import ConfigError, ExportError
 from gauge_ext.export.proof.browser import Browser, find_browser
-from gauge_ext.export.validate import Runtime, open_session
+from gauge_ext.export.session import open_session
+from gauge_ext.export.validate import Runtime
 
 BROWSER = "onnxruntime-web-browser"
 RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-node", "onnxruntime-web", BROWSER)

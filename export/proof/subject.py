@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from gauge_ext.export.adapters.file import find_table
+from gauge_ext.export.adapters.validate import validate_adapters
 from gauge_ext.export.report import ValidationReport
 from gauge_ext.export.tolerance import Tolerance
 from gauge_ext.export.trace.cases import MakeInputs
@@ -47,8 +49,13 @@ class Subject:
         runtime: Runtime | None = None,
         progress: Progress | None = None,
     ) -> ValidationReport:
-        """Compares the two, in onnxruntime or in another runtime."""
-        return validate_onnx(
+        """Compares the two, in onnxruntime or in another runtime.
+
+        A graph with inputs for adapters is run without an adapter and, where the module has one,
+        with it.
+        """
+        check = validate_onnx if find_table(self.path) is None else validate_adapters
+        return check(
             self.path,
             self.module,
             self.example,

@@ -173,7 +173,6 @@ def export(
     loaded = load_adapted(base, adapter, architecture, bare=chosen is not None)
     if not single and (task is not Task.AUTO or kind_of(loaded.model) is not None):
         only_for_single = {
-            "--mode": mode is Mode.ADAPTERS,
             "--precision": stored != "fp32",
             "--batch": batch is not None,
             "--sequence": sequence is not None,
@@ -192,6 +191,10 @@ def export(
             "seq2seq" if task in {Task.SEQ2SEQ, Task.SPEECH} else task.value,
             report_file,
             as_json,
+            mode=mode.value,
+            adapter_targets=chosen,
+            adapter_form=adapter_form.value,
+            adapter_precision=None if adapter_precision is None else adapter_precision.value,
             opset=opset,
             external_data=external_data,
             validate=validate,

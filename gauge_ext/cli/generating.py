@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from gauge_ext.cli.adapted import show
 from gauge_ext.cli.console import working
 from gauge_ext.cli.problems import OptionError, blame
-from gauge_ext.errors import ValidationError, WriteError
+from gauge_ext.errors import TargetError, ValidationError, WriteError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from gauge_ext.cli.base import Base
 
-_OPTIONS = {WriteError: "--out", ValidationError: "--tolerance"}
+_OPTIONS = {WriteError: "--out", ValidationError: "--tolerance", TargetError: "--targets"}
 
 
 def kind_of(model: nn.Module) -> str | None:

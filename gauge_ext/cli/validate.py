@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from gauge_ext.export.proof.prove import Perplexity
+    from gauge_ext.export.proof.perplexity import Perplexity
     from gauge_ext.export.proof.subject import Subject
     from gauge_ext.export.report import ValidationReport
 
@@ -213,17 +214,15 @@ def _generating(
     folder: Path, model: nn.Module, tolerance: Any, seed: int
 ) -> tuple[list[Subject], list[Callable[[], ValidationReport]]]:
     """The graphs of a folder, and the comparison of their loop."""
-    from gauge_ext.export.language.causal_lm import causal_subjects, causal_whole
-    from gauge_ext.export.language.seq2seq import seq2seq_subjects, seq2seq_whole
+    from gauge_ext.export.language.causal_lm import causal_kind
+    from gauge_ext.export.language.graphs import CAUSAL, ENCODER
+    from gauge_ext.export.language.seq2seq import seq2seq_kind
 
-    if (folder / "encoder_model.onnx").is_file():
-        return seq2seq_subjects(folder, model, seed), [
-            lambda: seq2seq_whole(folder, model, tolerance, seed)
-        ]
-    if (folder / "model.onnx").is_file():
-        return causal_subjects(folder, model, seed), [
-            lambda: causal_whole(folder, model, tolerance, seed)
-        ]
+    for name, kind_of in ((ENCODER, seq2seq_kind), (CAUSAL, causal_kind)):
+        if (folder / name).is_file():
+            kind = kind_of(model)
+            whole = partial(kind.whole, folder, tolerance, seed)
+            return list(kind.subjects(folder, seed)), [whole]
     raise ConfigError(
         f"{str(folder)!r} has neither model.onnx nor encoder_model.onnx.",
         hint="Give an .onnx file, or a folder that gauge-ext export wrote.",
@@ -231,7 +230,7 @@ def _generating(
 
 
 def _perplexity(folder: Path, model: nn.Module, words: str) -> Callable[[], Perplexity]:
-    from gauge_ext.export.proof.prove import text_perplexity
+    from gauge_ext.export.proof.perplexity import text_perplexity
 
     def compute() -> Perplexity:
         with blame("--text"):

@@ -95,6 +95,49 @@ def test_the_folder_generates_as_the_merged_model(
     assert (exported / "tokenizer.json").is_file()
 
 
+def test_adapters_as_inputs(
+    llama_source: tuple[Path, Path], run: Run, fails: Fails, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+    from transformers import LlamaForCausalLM
+
+    from gauge_ext.export import OnnxGenerator
+
+    base, adapter = llama_source
+    out, file = tmp_path / "onnx", tmp_path / "a.onnx_adapter"
+    arguments = ("export", base, "--out", out, "--mode", "adapters")
+    fails("--targets", *arguments, "--targets", "nothing_like_it")
+    assert not out.exists()
+    result = run(*arguments, "--targets", "v_proj")
+    assert result.exit_code == 0, result.output
+    result = run("onnx-adapter", out / "model.onnx", "--adapter", adapter, "--out", file)
+    assert result.exit_code == 0, result.output
+
+    generator = OnnxGenerator(out, {"a": file})
+    model = LlamaForCausalLM.from_pretrained(base).eval()
+    ids = torch.tensor([[9, 8, 10], [20, 30, 40]])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 15, "do_sample": False}
+    plain = model.generate(ids, **options)
+    lora_A, lora_B = (
+        t for _, t in sorted(load_file(adapter / "adapter_model.safetensors").items())
+    )
+    model.model.layers[0].self_attn.v_proj.weight.data += 0.5 * lora_B @ lora_A
+    adapted = model.generate(ids, **options)
+    assert plain.tolist() != adapted.tolist()
+    for name, expected in (("a", adapted), (None, plain), ("a", adapted)):
+        found = generator.generate(ids, max_new_tokens=15, adapter=name)
+        assert np.array_equal(found, expected.numpy())
+
+    checked = run("validate", out, "--against", base, "--adapter", adapter, "--json")
+    assert checked.exit_code == 0, checked.output
+    cases = [
+        case["name"]
+        for report in json.loads(checked.stdout)["validations"]
+        for case in report["cases"]
+    ]
+    assert sum(name.endswith("with adapter") for name in cases) * 2 == len(cases)
+
+
 def test_validate_a_folder(
     exported: Path, llama_source: tuple[Path, Path], run: Run, fails: Fails, tmp_path: Path
 ) -> None:
@@ -162,8 +205,6 @@ def test_which_task_it_is(
     arguments = ("export", base, "--adapter", adapter, "--out", tmp_path / "out")
     said = fails("BASE", *arguments, "--task", "seq2seq")
     assert "decoder_input_ids" in said
-    said = fails("--mode", *arguments, "--mode", "adapters")
-    assert "--task plain" in said
     fails("--precision", *arguments, "--precision", "int8")
     said = fails("--batch", *arguments, "--batch", 3)
     assert not (tmp_path / "out").exists()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+import gauge_ext
 
 VOCABULARY = 50
 END, PAD = 7, 0
@@ -103,6 +106,12 @@ _KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
     ),
 }
+_TARGETS = {
+    "gpt2": ["c_attn", "c_proj"],
+    "t5": ["q", "v", "wi"],
+    "bart": ["q_proj", "v_proj", "fc1"],
+    "whisper": ["k_proj", "v_proj", "fc1"],
+}
 MakeModel = Callable[[str], nn.Module]
 
 
@@ -116,3 +125,31 @@ def build(kind: str) -> nn.Module:
         getattr(transformers, config_class)(**fields)
     )
     return built.eval()
+
+
+def adapter_targets(kind: str) -> list[str]:
+    """The layers that :func:`adapter_folder` adapts."""
+    return _TARGETS.get(kind, ["q_proj", "v_proj", "down_proj"])
+
+
+def adapter_folder(
+    kind: str,
+    attach: Callable[..., nn.Module],
+    folder: Path,
+    seed: int,
+    rank: int = 3,
+    alpha: float = 6.0,
+) -> nn.Module:
+    """A saved adapter, random, and the plain model with W + s·B·A from the file's factors."""
+    torch.manual_seed(seed)
+    model = attach(build(kind), target_modules=adapter_targets(kind), rank=rank, alpha=alpha)
+    gauge_ext.save_adapter(model, folder)
+    plain = build(kind)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            update = (alpha / rank) * layer.lora_B.double() @ layer.lora_A.double()
+            weight = plain.get_submodule(name).weight
+            if kind == "gpt2":  # Conv1D keeps its weight transposed
+                update = update.T
+            weight.data = (weight.double() + update).float()
+    return plain

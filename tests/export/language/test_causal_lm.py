@@ -15,7 +15,7 @@ from language_models import PAD, VOCABULARY, build
 
 from gauge_ext.errors import ConfigError, ExportError, WriteError
 from gauge_ext.export import OnnxGenerator, Tolerance, export_causal_lm, validate_causal_lm
-from gauge_ext.export.language import causal_lm
+from gauge_ext.export.language import folder as language_folder
 from gauge_ext.export.validate import DisagreementError
 
 transformers = pytest.importorskip("transformers")
@@ -178,7 +178,7 @@ def traced(exported_llama, monkeypatch):
         shutil.copy(folder / "model.onnx", path)
         return report.graphs[0]
 
-    monkeypatch.setattr(causal_lm, "export_onnx", copied)
+    monkeypatch.setattr(language_folder, "export_onnx", copied)
     return model
 
 

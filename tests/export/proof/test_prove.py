@@ -16,8 +16,9 @@ from torch import nn
 
 from gauge_ext.errors import ConfigError
 from gauge_ext.export import Tolerance, export_onnx
-from gauge_ext.export.language.causal_lm import causal_subjects, causal_whole
-from gauge_ext.export.proof.prove import Perplexity, prove, text_perplexity
+from gauge_ext.export.language.causal_lm import causal_kind
+from gauge_ext.export.proof.perplexity import Perplexity, text_perplexity
+from gauge_ext.export.proof.prove import prove
 from gauge_ext.export.proof.subject import Subject
 
 
@@ -110,11 +111,12 @@ def test_what_disagrees(linear):
 
 def test_a_language_model(exported_llama):
     model, folder, _ = exported_llama
-    subjects = causal_subjects(folder, model, 0)
+    kind = causal_kind(model)
+    subjects = kind.subjects(folder, 0)
     proof = prove(
         folder,
         subjects,
-        wholes=[lambda: causal_whole(folder, model, None, 0)],
+        wholes=[lambda: kind.whole(folder, None, 0)],
         latency=0.01,
         batches=(1, 2),
     )

@@ -1,0 +1,175 @@
+"""The road of every model that generates: its graphs into a folder, run there, put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from gauge_ext.errors import ExportError
+from gauge_ext.export.adapters.file import read_table
+from gauge_ext.export.adapters.table import AdapterForm, AdapterPrecision
+from gauge_ext.export.checks import require_packages
+from gauge_ext.export.disk.files import staged_folder
+from gauge_ext.export.language.model_folder import (
+    ModelReport,
+    placed,
+    report_of,
+    settle,
+    write_manifest,
+    write_settings,
+)
+from gauge_ext.export.proof.subject import Subject
+from gauge_ext.export.report import ExportReport, ValidationReport
+from gauge_ext.export.to_onnx import export_onnx
+from gauge_ext.export.tolerance import Tolerance
+from gauge_ext.export.validate import DisagreementError, Progress
+
+Axes = Mapping[str, Any]  # of a step's inputs, in torch.export's form
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a model that generates becomes.
+
+    Attributes:
+        task: ``text-generation`` or ``seq2seq``.
+        model: The model, without what wraps it.
+        subjects: Folder and seed -> its graphs, and what they have to equal.
+        axes: For each of them which axes vary.
+        whole: Folder, tolerance and seed -> the graphs in a loop against the plain model.
+        settings: The first graph's report -> more files, name and what to write as JSON.
+    """
+
+    task: str
+    model: nn.Module
+    subjects: Callable[[Path, int], Sequence[Subject]]
+    axes: Sequence[Axes]
+    whole: Callable[[Path, Tolerance | None, int], ValidationReport]
+    settings: Callable[[ExportReport], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What is handed on to :func:`gauge_ext.export.export_onnx`, whose arguments these are."""
+
+    opset: int
+    external_data: bool | None
+    mode: Literal["merged", "adapters"]
+    adapter_targets: str | Sequence[str] | None
+    adapter_form: AdapterForm
+    adapter_precision: AdapterPrecision | None
+
+
+def export_folder(
+    kind: Kind,
+    folder: Path,
+    options: GraphOptions,
+    *,
+    source: Path | None,
+    validate: bool,
+    tolerance: Tolerance | None,
+    seed: int,
+    provenance: Mapping[str, str] | None,
+    progress: Progress | None,
+) -> ModelReport:
+    """Writes the graphs of a model that generates, and what belongs to them.
+
+    Args:
+        kind: The model.
+        folder: The folder to write; it must not exist or be empty.
+        options: Of the graphs.
+        source: The folder that the model was loaded from, for its tokenizer.
+        validate: Whether to run the graphs before the folder is put in place.
+        tolerance: How far onnxruntime may be from torch; by default by dtype.
+        seed: Of the inputs that they run on.
+        provenance: More metadata, text to text.
+        progress: Called with what is being done and the share done.
+
+    Raises:
+        ExportError: torch cannot translate it, a layer that is to take an adapter is in no graph,
+            onnxruntime cannot load a graph, or a package is missing.
+        ValidationError: onnxruntime and torch disagree.
+        WriteError: the folder cannot be written.
+    """
+    require_packages()
+    tell = progress or (lambda what, share: None)
+    with staged_folder(folder) as draft:
+        subjects = kind.subjects(draft, seed)
+        reports = []
+        for index, (subject, axes) in enumerate(zip(subjects, kind.axes, strict=True)):
+            start, part = 0.6 * index / len(subjects), 0.6 / len(subjects)
+            reports.append(
+                export_onnx(
+                    subject.module,
+                    subject.example,
+                    subject.path,
+                    dynamic_shapes=axes,
+                    validate=False,
+                    provenance={"task": kind.task, **(provenance or {})},
+                    progress=lambda what, share, a=start, b=part: tell(  # type: ignore[misc]
+                        what, a + b * share
+                    ),
+                    adapter_part=options.mode == "adapters" and len(subjects) > 1,
+                    **vars(options),
+                )
+            )
+        if options.mode == "adapters":
+            _require_homes(subjects)
+        found: Sequence[ValidationReport | None] = [None] * len(subjects)
+        whole = None
+        if validate:
+            found, whole = judge(
+                kind,
+                draft,
+                tolerance,
+                seed,
+                lambda what, share: tell(what, 0.6 + 0.4 * share),
+            )
+            for judged in (*found, whole):
+                if judged is not None and not judged.passed:
+                    raise DisagreementError(placed(judged, folder))
+        # What the graphs did together stands in the last, which is the decoder's.
+        together = [None] * (len(reports) - 1) + [whole]
+        graphs = [
+            settle(report, draft, one, both)
+            for report, one, both in zip(reports, found, together, strict=True)
+        ]
+        write_settings(kind.model, draft, source, kind.settings(reports[0]))
+        write_manifest(draft, kind.task)
+        return report_of(draft, folder, kind.task, graphs, whole)
+
+
+def judge(
+    kind: Kind, folder: Path, tolerance: Tolerance | None, seed: int, progress: Progress | None
+) -> tuple[list[ValidationReport], ValidationReport]:
+    """Compares the graphs of a folder with a model, one by one and in a loop."""
+    tell = progress or (lambda what, share: None)
+    subjects = kind.subjects(folder, seed)
+    total = len(subjects) + 1
+    found = [
+        subject.validate(
+            tolerance=tolerance,
+            seed=seed,
+            progress=lambda what, share, done=index: tell(  # type: ignore[misc]
+                what, (done + share) / total
+            ),
+        )
+        for index, subject in enumerate(subjects)
+    ]
+    return found, kind.whole(folder, tolerance, seed)
+
+
+def _require_homes(subjects: Sequence[Subject]) -> None:
+    """Whether each layer that is to take an adapter has its inputs in one of the graphs."""
+    tables = [read_table(subject.path) for subject in subjects]
+    homes = {name for table in tables for name in table.inputs}
+    if homeless := [name for table in tables for name in table.elsewhere if name not in homes]:
+        raise ExportError(
+            f"{len(homeless)} of the layers that are to take an adapter are in no graph, the "
+            f"first of them {homeless[0]!r}: no output depends on them.",
+            hint="Leave them out of adapter_targets.",
+        )
