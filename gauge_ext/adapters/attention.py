@@ -62,7 +62,8 @@ class LoRAMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
         if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
             return (
                 "its key or value has another size than its query, and so weights of their own, "
-                "which target_parameters can name (q_proj_weight, k_proj_weight, v_proj_weight)"
+                "which target_parameters can name (q_proj_weight, k_proj_weight, v_proj_weight, "
+                "out_proj.weight)"
             )
         return super().reason_against(module)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ class MergeableLayer(AdapterParts):
         """Make ``merged``, a result of :meth:`merged_parameters`, the layer's own."""
         kept: dict[str, nn.Parameter | None] = {}
         for name, value in merged.items():
-            base = kept[name] = cast("nn.Parameter | None", getattr(self.owner, name))
+            base = kept[name] = self.owner._parameters.get(name)
             trained = base is not None and base.requires_grad
             setattr(self.owner, name, nn.Parameter(value, requires_grad=trained))
         self._kept = kept if keep_base else {}

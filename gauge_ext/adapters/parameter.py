@@ -53,6 +53,11 @@ class LoRAParameter(AdaptedLayer):
         return self._owner[0]
 
     @property
+    def base_weight(self) -> Tensor:
+        """W itself, also while something stands in its place."""
+        return cast("Tensor", self.owner._parameters[self.weight_name])
+
+    @property
     def experts(self) -> int:
         """E."""
         weight = self.base_weight
@@ -169,13 +174,28 @@ class LoRAHolder(nn.Module):
         return _rebuild, (type(self).held_class,), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
+class ReadHolder(LoRAHolder):
+    """A module whose ``weight`` is read from outside, and that is never called.
+
+    Such is the output projection of ``nn.MultiheadAttention``: who reads its weight gets the sum.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """``W + s B A``; W itself where it has no adapter, or its branch is off."""
+        adapter = self.parameter_adapters().get("weight")
+        return cast("Tensor", self._parameters["weight"] if adapter is None else adapter())
+
+
 _made: dict[type[nn.Module], type[LoRAHolder]] = {}
 
 
 def _holder_class(held: type[nn.Module]) -> type[LoRAHolder]:
     if held not in _made:
+        read = issubclass(held, NonDynamicallyQuantizableLinear)
+        bases = (ReadHolder if read else LoRAHolder, held)
         members = {"held_class": held, "__module__": __name__}
-        _made[held] = type(f"LoRA{held.__name__}", (LoRAHolder, held), members)
+        _made[held] = type(f"LoRA{held.__name__}", bases, members)
     return _made[held]
 
 
@@ -200,8 +220,6 @@ def reason_against_parameter(owner: nn.Module, name: str) -> str | None:
     """Say why the parameter ``name`` of ``owner`` cannot carry an adapter, or return None."""
     if isinstance(owner, AdaptedLayer):
         return "the module that holds it has an adapter itself"
-    if isinstance(owner, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads it from outside, and never calls its module"
     if "forward" in vars(owner):
         return "the forward of its module was replaced on the object (by hooks, perhaps)"
     weight = owner._parameters.get(name)
