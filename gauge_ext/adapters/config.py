@@ -35,7 +35,7 @@ class LoRAConfig:
         dropout: Probability, in [0, 1), with which training zeroes an input of the branch.
         target_modules: Which modules: names (each a module's path or the end of it after a dot),
             one regular expression for whole paths, or "all-linear": every ``nn.Linear`` but the
-            output embeddings.
+            output embeddings, and no stacked weights of experts.
         exclude_modules: Names, or an expression, of modules that are left out all the same.
         target_parameters: Bare parameters that get an adapter beside, each by its path or the end
             of it, such as "experts.down_proj": matrices, or stacks of them as MoE experts have.

@@ -74,6 +74,13 @@ def attach(model: ModelT, config: LoRAConfig) -> ModelT:
             + nearest_hint(inner, match.unmatched),
             stacklevel=2,
         )
+    if experts := match.bare_experts:
+        warnings.warn(
+            f'"all-linear" leaves out {len(experts)} weights of experts and routers, which are no '
+            f"linear layers here, the first of them {experts[0]!r}. To adapt them, name them in "
+            f"target_parameters: {sorted({'.'.join(path.split('.')[-2:]) for path in experts})}.",
+            stacklevel=2,
+        )
     put_on(inner, config, match.layers, match.skipped, match.parameters)
     return model
 

@@ -19,6 +19,9 @@ from gauge_ext.models.whole import saved_modules
 # task SEQ_CLS, as PEFT does: a fresh head has to be trained whole.
 _CLASSIFIER_HEADS = ("score", "classifier")
 
+# What transformers calls the modules that hold the weights of experts, and choose among them.
+_EXPERTS = ("Experts", "Router")
+
 # The fused kernels of these architectures read the weight of out_proj and never call it.
 _MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 
@@ -29,15 +32,18 @@ class TargetMatch:
 
     Attributes:
         layers: The layers to be adapted, by path, in the model's order.
-        skipped: Layers that "all-linear" or ``modules_to_save`` left out -> why.
+        skipped: Layers, and the stacked weights of experts, that "all-linear" or
+            ``modules_to_save`` left out -> why.
         unmatched: Names in ``target_modules`` that no module answers to.
         parameters: The parameters to be adapted, by path: the modules that hold them.
+        bare_experts: Those of ``skipped`` that are weights of experts and routers.
     """
 
     layers: dict[str, nn.Module]
     skipped: dict[str, str]
     unmatched: tuple[str, ...]
     parameters: dict[str, nn.Module]
+    bare_experts: tuple[str, ...] = ()
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
@@ -59,6 +65,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
     whole = saved_modules(model, config)
     layers: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
+    experts: dict[str, str] = {}
     if config.is_all_linear:
         heads = _output_layers(model, config)
         for name, module in named:
@@ -73,6 +80,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
                 skipped[name] = reason
             else:
                 layers |= _with_companions(name, module)
+        experts = _bare_experts(model, config, whole)
+        skipped |= experts
     else:
         for name, module in named:
             if reason := _trained_whole(name, whole):
@@ -100,7 +109,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
             f"can carry an adapter{_why_none(config, skipped)}.",
             hint=nearest_hint(model, unmatched),
         )
-    return TargetMatch(layers, skipped, unmatched, parameters)
+    return TargetMatch(layers, skipped, unmatched, parameters, tuple(experts))
 
 
 def target_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -128,6 +137,27 @@ def target_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Modu
             raise TargetError(
                 f"target_parameters names {path!r}, which cannot carry an adapter: {reason}."
             )
+    return found
+
+
+def _bare_experts(model: nn.Module, config: LoRAConfig, whole: Iterable[str]) -> dict[str, str]:
+    """Find the matrices of experts and routers that are parameters of no layer: path -> why.
+
+    Transformers 5 keeps experts so that were linear layers before, and PEFT takes those of the
+    model types in a table of its for "all-linear" still, with twice the rank where two were fused.
+    Here no type of model is special, and what is no linear layer is named.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if not (path and config.selects(path) and any(part in kind for part in _EXPERTS)):
+            continue
+        for name, parameter in module._parameters.items():
+            full = f"{path}.{name}"
+            if parameter is None or parameter.dim() not in (2, 3) or "bias" in name:
+                continue
+            if not (config.selects_parameter(full) or _trained_whole(full, whole)):
+                found[full] = f"it is a bare parameter of {kind}; target_parameters can name it"
     return found
 
 
