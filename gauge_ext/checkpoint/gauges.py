@@ -72,7 +72,7 @@ def regauge(
     config = checkpoint.config
     tensors = {}
     for name, pair in checkpoint.tensors.items():
-        require_one_matrix(name, pair.kind)
+        require_one_matrix(name, pair.kind, pair.lora_A, pair.lora_B)
         scaling = config.scaling_for(name)
         b, a, _, _ = regauge_factors(name, pair.lora_B, pair.lora_A, scaling, gauge)
         tensors[name] = dataclasses.replace(pair, lora_A=a, lora_B=b)
@@ -143,7 +143,7 @@ def adapter_points(adapter: nn.Module | Saved) -> dict[str, LoRAPoint]:
 
 
 def _point(name: str, pair: LoRAPair, scaling: float) -> LoRAPoint:
-    require_one_matrix(name, pair.kind)
+    require_one_matrix(name, pair.kind, pair.lora_A, pair.lora_B)
     b, a = pair.lora_B.detach().flatten(1).double(), pair.lora_A.detach().flatten(1).double()
     return LoRAPoint(b * scaling, a)
 

@@ -55,7 +55,7 @@ def regauge_model(model: nn.Module, gauge: GaugeName) -> dict[str, Tensor]:
     adapter_config(model)  # says what is wrong where nothing is attached
     found = {}
     for name, layer in lora_layers(model).items():
-        require_one_matrix(name, layer.kind)
+        require_one_matrix(name, layer.kind, layer.lora_A, layer.lora_B)
         b, a, g, rank = regauge_factors(name, layer.lora_B, layer.lora_A, layer.scaling, gauge)
         if rank == layer.rank:
             found[name] = (layer, b, a, g)
@@ -65,16 +65,30 @@ def regauge_model(model: nn.Module, gauge: GaugeName) -> dict[str, Tensor]:
     return {name: g for name, (_, _, _, g) in found.items()}
 
 
-def require_one_matrix(name: str, kind: Kind) -> None:
+def require_one_matrix(name: str, kind: Kind, lora_A: Tensor, lora_B: Tensor) -> None:
     """Refuse an adapter whose factors are those of many matrices.
 
+    Args:
+        name: The layer's path, for messages.
+        kind: How the adapter lies in a file.
+        lora_A: Its factors, with the kernel of a convolution.
+        lora_B: See lora_A.
+
     Raises:
-        GeometryError: It is on a bare parameter.
+        GeometryError: It is on a bare parameter, or on a grouped convolution.
     """
     if kind in ("parameter", "tokens"):
         raise GeometryError(
             f"{name}: the adapter on a bare parameter (target_parameters), or on tokens, is no "
             "single product B A, and no point of one bundle."
+        )
+    rank, columns = lora_A.shape[0], lora_B.shape[1]
+    if rank != columns:
+        raise GeometryError(
+            f"{name}: the adapter on a convolution of {rank // columns} groups is a product B A "
+            f"for each group (lora_A has {rank} rows, lora_B {columns} columns), and no point of "
+            "one bundle: no spectrum, gauge or distance is defined for it.",
+            hint="Leave that layer out; training, saving and merging take it as it is.",
         )
 
 
@@ -101,10 +115,6 @@ def regauge_factors(
     # In float64 from here to the end, so that the scaling costs no rounding of its own.
     # The factors of a convolution are matrices too, with the kernel in the columns of A.
     b, a = lora_B.detach().flatten(1).double(), lora_A.detach().flatten(1).double()
-    if a.shape[0] != b.shape[1]:
-        raise GeometryError(
-            f"{name}: a grouped convolution has r / groups columns in lora_B, and no gauge."
-        )
     point = LoRAPoint(b * scaling, a)
     try:
         gauged = to_gauge(point, gauge)

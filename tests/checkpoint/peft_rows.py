@@ -30,6 +30,7 @@ class Row:
         scaling: s.
         ours: Fields of our LoRAConfig that differ from PEFT's by more than their name.
         peft_is: What PEFT computes where that is not the sum by hand; "" where it is.
+        dtype: Of the model; float32 where it is not made for more.
     """
 
     name: str
@@ -40,11 +41,18 @@ class Row:
     scaling: float = 0.5
     ours: dict[str, Any] = field(default_factory=dict)
     peft_is: str = ""
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def tolerance(self) -> float:
+        """Rounding of a few layers stays below this by far, a wrong formula above it."""
+        return 1e-10 if self.dtype == torch.float64 else 1e-5
 
     def base(self) -> nn.Module:
-        """The model in float64, the same each time."""
+        """The model, the same each time."""
         torch.manual_seed(0)
-        return self.make().double().eval()
+        model = self.make()
+        return (model.double() if self.dtype == torch.float64 else model).eval()
 
     def expected(self, base: nn.Module, tensors: Tensors) -> nn.Module:
         """A copy of the base with the update by hand."""
@@ -154,6 +162,19 @@ def add_experts(model: nn.Module, t: Tensors, s: float) -> None:
             one += s * (delta.T if getattr(holder, "is_transposed", False) else delta)
 
 
+TRAINED = [1, 4]
+
+
+def add_tokens(model: nn.Module, t: Tensors, s: float) -> None:
+    """The sum on linear layers; two rows of a table replaced, for every layer that shares it."""
+    add_linear(model, t, s)
+    for key, rows in t.items():
+        if key.endswith(".token_adapter.trainable_tokens_delta"):
+            table = model.get_submodule(key.removesuffix(".token_adapter.trainable_tokens_delta"))
+            for token, row in zip(TRAINED, rows, strict=True):
+                table.weight[token] = row
+
+
 class Attention(nn.Module):
     """Self-attention and a head."""
 
@@ -236,6 +257,59 @@ class Table(nn.Module):
         return self.head(self.emb(x))
 
 
+def tied_llama() -> nn.Module:
+    """A tiny Llama whose head is its embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.4,
+    )
+    return LlamaForCausalLM(config)
+
+
+def in_eight_bits() -> nn.Module:
+    """A linear layer of torchao's, int8 weights."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh())
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def in_four_bits() -> nn.Module:
+    """A linear layer of bitsandbytes', nf4 weights."""
+    import bitsandbytes
+
+    linear = nn.Linear(64, 16)
+    layer = bitsandbytes.nn.Linear4bit(64, 16, quant_type="nf4", compute_dtype=torch.float32)
+    layer.load_state_dict(linear.state_dict())
+    model = nn.Sequential(layer.to("cpu"), nn.Tanh())
+    model.is_loaded_in_4bit = True  # what transformers leaves for PEFT to know it by
+    return model
+
+
+def add_decoded(model: nn.Module, t: Tensors, s: float) -> None:
+    """W + s B A on the weight that the library says it is, as an ordinary layer."""
+    weight = model[0].weight
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        decoded = dequantize_4bit(weight.data, weight.quant_state)
+    else:
+        decoded = weight.dequantize()
+    total = decoded.double() + s * t["0.lora_B.weight"] @ t["0.lora_A.weight"]
+    plain = nn.Linear(64, 16)
+    plain.weight.copy_(total)
+    plain.bias.copy_(model[0].bias)
+    model[0] = plain
+
+
 def conv(kind: type[nn.Module], *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
     """Make a model of one convolution."""
     return lambda: nn.Sequential(kind(*args, **kwargs), nn.Tanh())
@@ -251,9 +325,9 @@ def gpt2() -> nn.Module:
     return GPT2Model(config)
 
 
-def numbers(*shape: int) -> Callable[[], tuple[Tensor]]:
+def numbers(*shape: int, dtype: torch.dtype = torch.float64) -> Callable[[], tuple[Tensor]]:
     """Make inputs of a shape."""
-    return lambda: (torch.randn(*shape, dtype=torch.float64, generator=_generator()),)
+    return lambda: (torch.randn(*shape, dtype=dtype, generator=_generator()),)
 
 
 def tokens(vocab: int, *shape: int) -> Callable[[], tuple[Tensor]]:
@@ -317,6 +391,20 @@ ROWS = [
         tokens(9, 2, 5),
         {**_TWO, "target_modules": ["emb"], "use_dora": True},
         add_embedding,
+    ),
+    Row(
+        "trainable_token_indices",
+        Table,
+        tokens(9, 2, 5),
+        {**_TWO, "target_modules": ["head"], "trainable_token_indices": {"emb": TRAINED}},
+        add_tokens,
+    ),
+    Row(
+        "trainable_token_indices, tied head",
+        tied_llama,
+        tokens(9, 2, 5),
+        {**_TWO, "target_modules": ["q_proj"], "trainable_token_indices": TRAINED},
+        add_tokens,
     ),
     Row("Conv1d", conv(nn.Conv1d, 4, 6, 3, stride=2), numbers(2, 4, 9), _CONV, add_conv),
     Row("Conv2d", conv(nn.Conv2d, 3, 4, 3, padding="same"), numbers(2, 3, 6, 5), _CONV, add_conv),
@@ -386,6 +474,17 @@ ROWS = [
         numbers(2, 3, 5, 5),
         {**_CONV, "lora_bias": True},
         lambda model, t, s: _conv_with_bias(model, t, s),
+    ),
+    *(
+        Row(
+            f"Linear, {name}",
+            make,
+            numbers(3, 64, dtype=torch.float32),
+            {**_TWO, "target_modules": ["0"]},
+            add_decoded,
+            dtype=torch.float32,
+        )
+        for name, make in (("torchao int8", in_eight_bits), ("bitsandbytes nf4", in_four_bits))
     ),
 ]
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import Result
 
+import gauge_ext
+
 Run = Callable[..., Result]
 Delta = Callable[[tuple[Tensor, Tensor]], Tensor]
 MakeAdapter = Callable[..., tuple[Path, dict[str, tuple[Tensor, Tensor]]]]
@@ -133,3 +135,13 @@ def test_a_missing_base_names_the_option(
     fails("--base", "inspect", adapter, "--base", tmp_path / "nowhere")
     fails("--compare", "inspect", adapter, "--compare", tmp_path / "nowhere")
     fails("--html", "inspect", adapter, "--html", tmp_path)
+
+
+def test_a_grouped_convolution_is_told_by_its_name(
+    fails: Callable[..., str], tmp_path: Path
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, groups=2))
+    gauge_ext.attach(model, gauge_ext.LoRAConfig(rank=4, target_modules=["0"]))
+    gauge_ext.save_adapter(model, tmp_path / "adapter")
+    told = fails("DIR", "inspect", tmp_path / "adapter")
+    assert "0: the adapter on a convolution of 2 groups" in told
