@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from gauge_ext.errors import AdapterMismatchError, ConfigError
 from gauge_ext.export.disk.naming import best_renamings
 from gauge_ext.export.disk.numbers import BY_SAFETENSORS
 from gauge_ext.export.disk.safetensors_file import Stored, read_header
+from gauge_ext.export.patching.update import WeightShape
 
 # Weights in any format but the one that is merged: they would be the unmerged base under the name
 # of the merged model.
@@ -86,11 +87,13 @@ class Target:
         module: Path of the module.
         stored: Where it lies.
         transposed: Whether it lies ``(in, out)``.
+        is_bias: Whether it is the module's bias.
     """
 
     module: str
     stored: Stored
     transposed: bool
+    is_bias: bool = False
 
 
 def base_weights(base: BaseFolder, modules: Sequence[str]) -> dict[str, str]:
@@ -113,14 +116,19 @@ def base_weights(base: BaseFolder, modules: Sequence[str]) -> dict[str, str]:
 
 
 def match_targets(
-    base: BaseFolder, shapes: Mapping[str, tuple[int, int]], *, may_lie_transposed: bool
+    base: BaseFolder,
+    weights: Mapping[str, WeightShape],
+    biases: Collection[str] = (),
+    *,
+    may_lie_transposed: bool,
 ) -> dict[str, Target]:
     """Finds the tensor that each adapted module's weight is stored in.
 
     Args:
         base: The folder.
-        shapes: Path of the module -> ``(out, in)`` of its weight.
-        may_lie_transposed: Whether the adapter says that weights lie ``(in, out)``
+        weights: Path of the module -> its weight.
+        biases: The modules whose bias is wanted too.
+        may_lie_transposed: Whether the adapter says that weights of linear layers lie ``(in, out)``
             (``fan_in_fan_out``); each shape then says whether that is so.
 
     Returns:
@@ -130,35 +138,56 @@ def match_targets(
         AdapterMismatchError: a module has no tensor, or one of another shape.
         ConfigError: a tensor is of a dtype that cannot be merged.
     """
-    names = base_weights(base, list(shapes))
-    square = any(rows == columns for rows, columns in shapes.values())
-    turned = may_lie_transposed and square and _square_ones_lie_transposed(base, names, shapes)
+    names = base_weights(base, list(weights))
+    linear = {m: w.matrix for m, w in weights.items() if w.kind == "linear"}
+    square = any(rows == columns for rows, columns in linear.values())
+    turned = may_lie_transposed and square and _square_ones_lie_transposed(base, names, linear)
     targets = {}
     for module, name in names.items():
-        stored, shape = base.tensors[name], shapes[module]
-        transposed = may_lie_transposed and stored.shape == shape[::-1]
-        if shape[0] == shape[1]:
-            transposed = turned
-        if stored.shape != shape and not transposed:
+        stored, weight = base.tensors[name], weights[module]
+        transposed = weight.kind == "embedding"
+        if module in linear and may_lie_transposed:
+            rows, columns = weight.matrix
+            transposed = turned if rows == columns else stored.shape == (columns, rows)
+        fits = stored.shape == weight.stored or (module in linear and transposed)
+        if not fits:
             raise AdapterMismatchError(
-                f"the adapter for {module!r} is for a weight of shape {shape}, and {name} in "
-                f"{base.path} has shape {stored.shape}.",
+                f"the adapter for {module!r} is for a weight of shape {weight.stored}, and {name} "
+                f"in {base.path} has shape {stored.shape}.",
                 hint="Is this the base that the adapter was trained on?",
             )
-        if stored.dtype not in BY_SAFETENSORS:
-            raise ConfigError(
-                f"{name} in {base.path} is stored as {stored.dtype}, and an update can be "
-                f"added to {', '.join(BY_SAFETENSORS)} only.",
-                hint="Merge into the unquantized base.",
+        _require_numbers(base, name, stored)
+        if _is_tied(base, stored):
+            what = (
+                f"the input embeddings, which {base.path} ties to its output layer: that would "
+                "change with them."
+                if weight.kind == "embedding"
+                else f"the output layer, which {base.path} ties to its input embeddings: "
+                "transformers would load it without the merged weight."
             )
-        if _is_tied_head(base, stored):
-            raise AdapterMismatchError(
-                f"the adapter's {module!r} is the output layer, which {base.path} ties to its "
-                "input embeddings: transformers would load it without the merged weight.",
-                hint=_UNTIE,
-            )
+            raise AdapterMismatchError(f"the adapter's {module!r} is {what}", hint=_UNTIE)
         targets[name] = Target(module, stored, transposed)
+    for module in biases:
+        name = f"{names[module].removesuffix('.weight')}.bias"
+        bias, out = base.tensors.get(name), weights[module].matrix[0]
+        if bias is None or bias.shape != (out,):
+            raise AdapterMismatchError(
+                f"the adapter has a bias of {out} numbers for {module!r} (lora_bias), and "
+                f"{base.path} has {f'{name} of shape {bias.shape}' if bias else f'no {name}'}.",
+                hint="Is this the base that the adapter was trained on?",
+            )
+        _require_numbers(base, name, bias)
+        targets[name] = Target(module, bias, transposed=False, is_bias=True)
     return targets
+
+
+def _require_numbers(base: BaseFolder, name: str, stored: Stored) -> None:
+    if stored.dtype not in BY_SAFETENSORS:
+        raise ConfigError(
+            f"{name} in {base.path} is stored as {stored.dtype}, and an update can be "
+            f"added to {', '.join(BY_SAFETENSORS)} only.",
+            hint="Merge into the unquantized base.",
+        )
 
 
 def _square_ones_lie_transposed(
@@ -184,7 +213,7 @@ def _square_ones_lie_transposed(
     return any(base.tensors[names[module]].shape == shapes[module][::-1] for module in others)
 
 
-def _is_tied_head(base: BaseFolder, stored: Stored) -> bool:
+def _is_tied(base: BaseFolder, stored: Stored) -> bool:
     """Whether a weight has a row for each token, in a model that says that those are tied."""
     text = base.config.get("text_config", base.config)
     tied = base.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))

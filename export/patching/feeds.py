@@ -71,6 +71,9 @@ def _size(dim: onnx.TensorShapeProto.Dimension, axis: int, sizes: dict[str, int]
 def _indexed_rows(graph: onnx.GraphProto) -> dict[str, int]:
     """Input -> the rows of the table that it looks up."""
     tables = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.dims}
+    for value in graph.input:
+        if dims := value.type.tensor_type.shape.dim:
+            tables.setdefault(value.name, dims[0].dim_value)
     return {
         node.input[1]: tables[node.input[0]]
         for node in graph.node

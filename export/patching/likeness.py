@@ -7,7 +7,8 @@ others altogether. One pass over each weight is enough, some rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -19,7 +20,7 @@ from gauge_ext.export.disk.onnx_file import OnnxFile
 from gauge_ext.export.disk.spans import Span, opened, read_into
 from gauge_ext.export.patching.nbits import quantized_weight, read_rows
 from gauge_ext.export.patching.sites import Site
-from gauge_ext.export.patching.update import row_blocks
+from gauge_ext.export.patching.update import LayerKind, WeightShape, row_blocks
 
 # The distance of two weights in units of their own size: rounding to 8 bits of mantissa makes less
 # than the first, 4-bit blocks about half of the second, and unrelated weights 1.4.
@@ -32,17 +33,19 @@ class Likeness:
     Args:
         file: The ONNX file.
         base: The base.
-        modules: Paths of the modules that matter.
+        weights: Path of each module that matters -> its weight.
 
     Raises:
         AdapterMismatchError: the base lacks the weight of a module.
     """
 
-    def __init__(self, file: OnnxFile, base: BaseFolder, modules: Sequence[str]) -> None:
+    def __init__(
+        self, file: OnnxFile, base: BaseFolder, weights: Mapping[str, WeightShape]
+    ) -> None:
         self._file, self._base = file, base
-        self._names = base_weights(base, modules)
+        self._weights, self._names = weights, base_weights(base, list(weights))
         self._bases: dict[str, Array] = {}
-        self._sites: dict[str, Array] = {}
+        self._sites: dict[tuple[str, LayerKind], Array] = {}
 
     def check(self, module: str, site: Site, found_by: str) -> None:
         """Refuses a home whose values are not the base's.
@@ -68,7 +71,9 @@ class Likeness:
 
     def _same(self, module: str, site: Site) -> bool:
         stored = self._base.tensors[self._names[module]]
-        if site.shape not in {stored.shape, stored.shape[::-1]}:
+        held = (stored.shape[0], math.prod(stored.shape[1:])) if stored.shape else (0, 0)
+        alike = site.kind == self._weights[module].kind
+        if not alike or site.shape not in {held, held[::-1]}:
             return False
         if module not in self._bases:
             number = BY_SAFETENSORS.get(stored.dtype)
@@ -78,14 +83,15 @@ class Likeness:
                     "whose values cannot be compared.",
                     hint="Give the unquantized base.",
                 )
-            self._bases[module] = _sums(stored.span, (stored.shape[0], stored.shape[1]), number)
-        if site.tensor not in self._sites:
-            self._sites[site.tensor] = self._of_site(site)
-        one, other = self._bases[module], self._sites[site.tensor]
+            self._bases[module] = _sums(stored.span, held, number)
+        key = (site.tensor, site.kind)
+        if key not in self._sites:
+            self._sites[key] = self._of_site(site)
+        one, other = self._bases[module], self._sites[key]
         limit = _SAME if site.blocks is None else _SAME_QUANTIZED
-        forms = [one] if stored.shape == site.shape else []
-        if stored.shape == site.shape[::-1]:  # a square one may lie either way
-            forms.append(np.concatenate([one[stored.shape[0] :], one[: stored.shape[0]]]))
+        forms = [one] if held == site.shape else []
+        if held == site.shape[::-1]:  # a square one may lie either way
+            forms.append(np.concatenate([one[held[0] :], one[: held[0]]]))
         scale = float(np.linalg.norm(one)) or 1.0
         return any(float(np.linalg.norm(form - other)) < limit * scale for form in forms)
 

@@ -20,8 +20,8 @@ from gauge_ext.export.disk.files import require_space
 from gauge_ext.export.disk.numbers import BY_SAFETENSORS
 from gauge_ext.export.disk.resume import resumable_folder
 from gauge_ext.export.disk.spans import copy_span, opened
-from gauge_ext.export.patching.adapter_arrays import AdapterSource, Updates, open_updates
 from gauge_ext.export.patching.update import Place, add_update
+from gauge_ext.export.patching.updates import AdapterSource, Updates, open_updates
 
 Progress = Callable[[str, float], None]  # what is being done, and the share that is done
 
@@ -62,6 +62,10 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Writes a merged copy of a model's folder: each adapted weight W becomes W + s·B·A.
 
+    That goes for linear layers, embeddings and convolutions without groups; with DoRA the weight
+    becomes m (W + s·B·A) / ‖W + s·B·A‖, output by output, and with ``lora_bias`` the bias b becomes
+    b + s·lora_bias.
+
     The sum is taken in float32 (float64 for a float64 base) and rounded once to the dtype of W;
     several adapters are added up before. Tokenizer, config and all other tensors are carried along;
     ``gauge_ext_merge.json`` records which adapter went in. Nothing is left at ``out_dir`` unless
@@ -72,7 +76,7 @@ def merge_checkpoint(
     Args:
         base_dir: A local transformers folder with safetensors weights, in one file or in shards.
         adapter: An adapter's folder in the PEFT format; or several, as pairs or a mapping of folder
-            and weight, for W + Σ weight·s·B·A.
+            and weight, for W + Σ weight·s·B·A. One with DoRA shares no layer with another.
         out_dir: The folder to make; it must not exist, or be empty.
         progress: Called with what is being done and the share done, in [0, 1].
 
@@ -90,7 +94,9 @@ def merge_checkpoint(
     out = Path(out_dir)
     updates = open_updates(adapter)
     base = open_base(Path(base_dir))
-    targets = match_targets(base, updates.shapes, may_lie_transposed=updates.transposes)
+    targets = match_targets(
+        base, updates.weights, updates.biases, may_lie_transposed=updates.transposes
+    )
     updates.check_numbers()
     require_space(out, base.nbytes)
     resumed = []
@@ -140,7 +146,8 @@ def _merge_shard(
             at = span.end
         copy_span(reader, at, size - at, writer, at)
     for name, target in ordered:
-        update = updates.of(target.module)
+        module = target.module
+        update = updates.of_bias(module) if target.is_bias else updates.of(module)
         span = target.stored.span
         add_update(
             name,

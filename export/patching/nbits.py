@@ -180,10 +180,11 @@ def requantize(name: str, weight: Quantized, update: LowRank, targets: list[Plac
         for start, stop in row_blocks(blocks.rows, 4 * n * blocks.size):
             codes, scales, zero = weight.decode(read_rows(weight, readers, start, stop))
             wanted = (codes - zero) * scales
-            delta = np.zeros_like(wanted)
-            flat = delta.reshape(stop - start, -1)
-            flat[:, : blocks.columns] = update.rows(start, stop)
-            wanted += delta
+            flat = wanted.reshape(stop - start, -1)[:, : blocks.columns]
+            change = -flat
+            flat += update.rows(start, stop)
+            update.rescale(flat, start)
+            change += flat
             if not np.isfinite(wanted).all():
                 raise NonFiniteError(
                     f"{name} or its sum with the update holds NaN or infinity.",
@@ -203,7 +204,7 @@ def requantize(name: str, weight: Quantized, update: LowRank, targets: list[Plac
                     np.ascontiguousarray(content).data.cast("B"),
                 )
             error += lost
-            moved += float(np.vdot(delta, delta))
+            moved += float(np.vdot(change, change))
             total += float(np.vdot(wanted, wanted))
     return Loss((error / moved) ** 0.5 if moved else 0.0, (error / total) ** 0.5 if total else 0.0)
 

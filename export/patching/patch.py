@@ -20,10 +20,10 @@ from gauge_ext.export.disk.files import data_name, require_space, staged_files, 
 from gauge_ext.export.disk.numbers import BY_ONNX
 from gauge_ext.export.disk.onnx_copy import Copy
 from gauge_ext.export.disk.onnx_file import OnnxFile, StoredTensor, open_onnx
-from gauge_ext.export.patching.adapter_arrays import AdapterSource, Updates, open_updates
 from gauge_ext.export.patching.homes import Home, find_homes
 from gauge_ext.export.patching.nbits import Loss, quantized_weight, requantize
 from gauge_ext.export.patching.update import add_update
+from gauge_ext.export.patching.updates import AdapterSource, Updates, open_updates
 
 Progress = Callable[[str, float], None]
 
@@ -38,7 +38,7 @@ class PatchedWeight:
         module: Path of the module that the adapter is for.
         tensor: The initializer.
         found_by: What it was recognised by.
-        layout: ``(out, in)``, ``(in, out)``, or how it is quantized.
+        layout: ``(out, in)``, ``(in, out)``, ``(out, in, kernel)``, or how it is quantized.
         rank: Rank of the update; a list where several adapters share it.
         scaling: Its scaling, likewise.
         loss: What rounding to codes cost; None where the weight is in floating point.
@@ -103,6 +103,9 @@ def patch_onnx(
 ) -> PatchReport:
     """Writes a copy of an ONNX model in which each adapted weight W is W + s·B·A.
 
+    That goes for linear layers, embeddings and convolutions without groups; with DoRA the weight
+    becomes m (W + s·B·A) / ‖W + s·B·A‖, output by output.
+
     Which initializer belongs to which module is told by gauge_ext's own metadata, the optimizer's
     ``folded_from``, the initializer's name, the exporter's ``name_scopes`` or the node's name; with
     ``base_weights`` also by the values; and at last by shape and order where that is unequivocal.
@@ -145,7 +148,13 @@ def patch_onnx(
     if os.path.realpath(out) == os.path.realpath(file.path):
         raise ConfigError(f"out is the base itself, {out}.", hint="Choose another name.")
     folder = open_base(Path(base_weights)) if base_weights is not None else None
-    homes = find_homes(file, updates.shapes, folder)
+    if updates.biases:
+        raise ConfigError(
+            f"the adapter changes the bias of {updates.biases[0]!r} (lora_bias), and an ONNX graph "
+            "does not say which constant that is.",
+            hint="Merge into the checkpoint (gauge-ext merge) and export that.",
+        )
+    homes = find_homes(file, updates.weights, folder)
     jobs = [_Job(file, home) for home in homes]
     updates.check_numbers()
     require_space(out, file.nbytes)
@@ -215,7 +224,8 @@ class _Job:
                 raise ConfigError(
                     f"{part.name!r} in {self.file.path} is not stored as plain numbers (raw_data), "
                     "so its place cannot be written anew.",
-                    hint="Save the model anew: onnx.save(onnx.load(FILE), FILE).",
+                    hint="For that tensor t of the model: t.CopyFrom(onnx.numpy_helper.from_array("
+                    "onnx.numpy_helper.to_array(t), t.name)), and save it.",
                 )
 
     def run(self, copy: Copy, updates: Updates) -> PatchedWeight:
@@ -233,6 +243,8 @@ class _Job:
             stored = update.transposed if site.transposed else update
             add_update(site.tensor, span, BY_ONNX[self.parts[0].data_type], stored, places[0])
             layout = "(in, out)" if site.transposed else "(out, in)"
+            if site.kind == "convolution":
+                layout = "(out, in, kernel)"
         return PatchedWeight(
             module, site.tensor, self.home.found_by, layout, said["rank"], said["scaling"], loss
         )

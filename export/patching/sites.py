@@ -1,39 +1,28 @@
-"""The linear layers of an ONNX graph: which weight each multiplies with, and what it was called.
+"""The weights of an ONNX graph that adapters can be for, and what each was called.
 
-An exporter may keep a weight's name and layout (``(out, in)``, with ``Gemm(transB=1)`` or with a
-``Transpose`` before ``MatMul``), fold the transposition into a nameless copy (``val_60``,
-``onnx::MatMul_844``), or block-quantize it (``MatMulNBits``). What says which parameter it was is
-then left in other places; all of them are gathered here.
+An exporter may keep the name and layout of a linear layer's weight (``(out, in)``, with
+``Gemm(transB=1)`` or with a ``Transpose`` before ``MatMul``), fold the transposition into a
+nameless copy (``val_60``, ``onnx::MatMul_844``), or block-quantize it (``MatMulNBits``). What says
+which parameter it was is then left in other places, see :mod:`evidence`. An embedding is a
+``Gather``, a convolution a ``Conv``.
 """
 
 from __future__ import annotations
 
-import ast
-import json
-import re
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gauge_ext.export.disk.onnx_file import OnnxFile
+from gauge_ext.export.patching.evidence import Evidence, has_folded_normalization, label
+from gauge_ext.export.patching.update import LayerKind
 
 if TYPE_CHECKING:
     import onnx
 
-# Evidence for the path of a layer, the most trustworthy first.
-EVIDENCE = {
-    "parameters": "gauge_ext's metadata",
-    "folded_from": "the optimizer's note on what was folded (folded_from)",
-    "name": "the initializer's name",
-    "scope": "the exporter's note on the module (name_scopes)",
-    "node": "the node's name",
-}
-_FOLDED = "pkg.onnxscript.optimizer.folded_from"
-_SCOPES = "pkg.torch.onnx.name_scopes"
-_PARAMETERS = "gauge_ext.parameters"
-# What quantizers put behind the name of a weight.
-_QUANTIZED = re.compile(r"(_Q\d+|_q\d+|_quant|_quantized|_DQ_Q\d+)$")
 _THROUGH = {"Identity", "Cast"}
+_OWN_DOMAINS = {"", "ai.onnx"}
 
 
 @dataclass(frozen=True)
@@ -61,15 +50,17 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Site:
-    """A node that multiplies with a constant weight.
+    """A node that multiplies with a constant weight, or looks up its rows.
 
     Attributes:
         node: Its name, or its kind and output where it has none.
         tensor: The initializer.
         transposed: Whether the weight lies ``(in, out)``.
-        shape: ``(out, in)``.
+        shape: ``(out, in)``; of a convolution ``(out, in · kernel)``.
         paths: Kind of evidence -> paths that the layer may have in the torch model.
         blocks: How it is quantized, None for floating point.
+        kind: Of the layer.
+        normalized: Whether a batch normalization was multiplied into the weight.
     """
 
     node: str
@@ -78,23 +69,26 @@ class Site:
     shape: tuple[int, int]
     paths: dict[str, tuple[str, ...]]
     blocks: Blocks | None = None
+    kind: LayerKind = "linear"
+    normalized: bool = False
 
 
 @dataclass(frozen=True)
 class Sites:
-    """All linear layers of a graph.
+    """All layers of a graph.
 
     Attributes:
         sites: In the order of the graph.
-        other_uses: Initializer -> what else reads it: embeddings, inner graphs, outputs.
+        other_uses: Initializer and kind of the layer -> what else reads the initializer: layers of
+            another kind, inner graphs, outputs.
     """
 
     sites: tuple[Site, ...]
-    other_uses: dict[str, tuple[str, ...]]
+    other_uses: dict[tuple[str, LayerKind], tuple[str, ...]]
 
 
 def find_sites(file: OnnxFile) -> Sites:
-    """Finds the linear layers of a graph."""
+    """Finds the linear layers, embeddings and convolutions of a graph."""
     return _Finder(file).find()
 
 
@@ -109,22 +103,17 @@ class _Finder:
                 self._uses.setdefault(name, []).append(node)
         self._inner = set(_inner_names(graph.node))
         self._outputs = {value.name for value in graph.output}
-        notes = {value.name: _notes(value) for value in graph.value_info}
-        for tensor in graph.initializer:
-            notes.setdefault(tensor.name, {}).update(_notes(tensor))
-        self._folded = {
-            name: _names(said[_FOLDED]) for name, said in notes.items() if _FOLDED in said
-        }
-        self._parameters = _parameters(file.metadata)
+        self._evidence = Evidence(file)
 
     def find(self) -> Sites:
-        sites, at = [], set()
+        sites: list[Site] = []
+        at: dict[tuple[str, LayerKind], set[int]] = {}
         for node in self._graph.node:
             if (site := self._site(node)) is not None:
                 sites.append(site)
-                at.add(id(node))
-        others = {name: self._others(name, at) for name in {site.tensor for site in sites}}
-        return Sites(tuple(sites), {name: uses for name, uses in others.items() if uses})
+                at.setdefault((site.tensor, site.kind), set()).add(id(node))
+        others = {key: self._others(key[0], nodes) for key, nodes in at.items()}
+        return Sites(tuple(sites), {key: uses for key, uses in others.items() if uses})
 
     def _site(self, node: onnx.NodeProto) -> Site | None:
         if len(node.input) < 2:
@@ -134,17 +123,22 @@ class _Finder:
         def number(name: str, default: int = 0) -> int:
             return int(said[name].i) if name in said else default
 
+        own = node.domain in _OWN_DOMAINS
         if node.op_type == "MatMulNBits" and node.domain == "com.microsoft":
             return self._quantized(node, number)
-        if node.op_type == "MatMul" and node.domain in {"", "ai.onnx"}:
-            flipped = True
-        elif node.op_type == "Gemm" or (node.op_type == "FusedMatMul" and node.domain):
+        if node.op_type == "Gather" and own and not number("axis"):
+            return self._embedding(node)
+        if node.op_type == "Conv" and own and number("group", 1) == 1:
+            return self._convolution(node)
+        if node.op_type == "MatMul" and own:
+            return self._linear(node, flipped=True)
+        if node.op_type == "Gemm" or (node.op_type == "FusedMatMul" and not own):
             plain = not number("transA") and not number("transBatchA") + number("transBatchB")
-            if not plain or ("alpha" in said and said["alpha"].f != 1.0):
-                return None
-            flipped = not number("transB")
-        else:
-            return None
+            if plain and ("alpha" not in said or said["alpha"].f == 1.0):
+                return self._linear(node, flipped=not number("transB"))
+        return None
+
+    def _linear(self, node: onnx.NodeProto, *, flipped: bool) -> Site | None:
         name: str = node.input[1]
         while name not in self._file.initializers:
             step = self._producers.get(name)
@@ -160,7 +154,43 @@ class _Finder:
         if len(dims) != 2:
             return None
         shape = (dims[1], dims[0]) if flipped else (dims[0], dims[1])
-        return Site(_label(node), name, flipped, shape, self._paths(node, name))
+        return self._made(node, name, shape, "linear", transposed=flipped)
+
+    def _embedding(self, node: onnx.NodeProto) -> Site | None:
+        name = self._constant(node.input[0])
+        dims = self._file.initializers[name].dims if name is not None else ()
+        if name is None or len(dims) != 2:
+            return None
+        return self._made(node, name, (dims[1], dims[0]), "embedding", transposed=True)
+
+    def _convolution(self, node: onnx.NodeProto) -> Site | None:
+        name = self._constant(node.input[1])
+        dims = self._file.initializers[name].dims if name is not None else ()
+        if name is None or len(dims) < 3:
+            return None
+        return self._made(node, name, (dims[0], math.prod(dims[1:])), "convolution")
+
+    def _made(
+        self,
+        node: onnx.NodeProto,
+        tensor: str,
+        shape: tuple[int, int],
+        kind: LayerKind,
+        *,
+        transposed: bool = False,
+    ) -> Site:
+        paths = self._evidence.paths(node, tensor)
+        folded = has_folded_normalization(node)
+        return Site(label(node), tensor, transposed, shape, paths, kind=kind, normalized=folded)
+
+    def _constant(self, name: str) -> str | None:
+        """The initializer that a value is, but for its format."""
+        while name not in self._file.initializers:
+            step = self._producers.get(name)
+            if step is None or step.op_type not in _THROUGH:
+                return None
+            name = step.input[0]
+        return name
 
     def _quantized(self, node: onnx.NodeProto, number: Callable[..., int]) -> Site | None:
         inputs = [*node.input, "", "", ""]
@@ -177,28 +207,11 @@ class _Finder:
         elif size < 16 or size & (size - 1) or rows < 1 or columns < 1:
             reason = f"its attributes contradict each other (N={rows}, K={columns}, block={size})"
         blocks = Blocks(bits, size, rows, columns, names[1], inputs[3] or None, reason)
-        paths = self._paths(node, names[0])
-        return Site(_label(node), names[0], False, (rows, columns), paths, blocks)
-
-    def _paths(self, node: onnx.NodeProto, tensor: str) -> dict[str, tuple[str, ...]]:
-        plain = _QUANTIZED.sub("", tensor)
-        scopes = _names(_notes(node).get(_SCOPES, ""))
-        found = {
-            "parameters": self._parameters.get(tensor, ()),
-            "folded_from": self._folded.get(tensor) or self._folded.get(plain, ()),
-            "name": (plain,),
-            # The last entry is the operation, the one before the module that it is in.
-            "scope": scopes[-2:-1],
-            "node": (_dotted(node.name),) if node.name.startswith("/") else (),
-        }
-        return {
-            kind: tuple(name.removesuffix(".weight") for name in names if name)
-            for kind, names in found.items()
-            if any(names)
-        }
+        paths = self._evidence.paths(node, names[0])
+        return Site(label(node), names[0], False, (rows, columns), paths, blocks)
 
     def _others(self, tensor: str, at: set[int]) -> tuple[str, ...]:
-        """Uses of a weight, also of its transpose, that are no linear layer."""
+        """Uses of a weight, also of its transpose, by other nodes than those."""
         found, waiting, seen = [], [tensor], set()
         while waiting:
             name = waiting.pop()
@@ -215,7 +228,7 @@ class _Finder:
                 if node.op_type in _THROUGH or _is_transpose(node):
                     waiting += node.output
                 else:
-                    found.append(f"{node.op_type} {_label(node)}")
+                    found.append(f"{node.op_type} {label(node)}")
         return tuple(found)
 
 
@@ -235,33 +248,3 @@ def _is_transpose(node: onnx.NodeProto) -> bool:
         return False
     orders = [list(entry.ints) for entry in node.attribute if entry.name == "perm"]
     return orders in ([], [[1, 0]])
-
-
-def _notes(holder: onnx.ValueInfoProto | onnx.TensorProto | onnx.NodeProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in holder.metadata_props}
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """A list of strings as Python prints it; empty where it is something else."""
-    try:
-        found = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return ()
-    return tuple(map(str, found)) if isinstance(found, list | tuple) else ()
-
-
-def _parameters(metadata: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    try:
-        found = json.loads(metadata.get(_PARAMETERS, "{}"))
-        return {str(key): tuple(map(str, names)) for key, names in found.items()}
-    except (ValueError, TypeError, AttributeError):
-        return {}
-
-
-def _dotted(name: str) -> str:
-    """``/encoder/layer.0/query/MatMul`` -> ``encoder.layer.0.query``."""
-    return _QUANTIZED.sub("", name).strip("/").rpartition("/")[0].replace("/", ".")
-
-
-def _label(node: onnx.NodeProto) -> str:
-    return node.name or f"{node.op_type} -> {node.output[0] if node.output else '?'}"

@@ -20,10 +20,10 @@ from gauge_ext.export.checks import require_packages
 from gauge_ext.export.disk.numbers import Array
 from gauge_ext.export.disk.onnx_file import FLOAT, FLOAT16, OnnxFile, open_onnx
 from gauge_ext.export.disk.spans import opened
-from gauge_ext.export.patching.adapter_arrays import Updates
 from gauge_ext.export.patching.feeds import random_feeds
 from gauge_ext.export.patching.homes import Home
 from gauge_ext.export.patching.nbits import quantized_weight, read_rows
+from gauge_ext.export.patching.updates import Updates
 
 if TYPE_CHECKING:
     import onnx
@@ -98,14 +98,20 @@ def _difference(name: str, got: Array, wanted: Array, tolerance: float) -> float
     return found
 
 
-def _update(home: Home, updates: Updates) -> Array:
-    """Σ weight · s · B A in float64, as a whole."""
-    total = np.zeros(home.site.shape)
+def _change(weight: Array, home: Home, updates: Updates) -> Array:
+    """``W + Σ weight · s · B A``, ``(out, in)`` in float64, as a whole; DoRA scales its rows."""
+    total, magnitude = weight.astype("<f8"), None
     for adapter in updates.adapters:
-        if home.module in adapter.factors:
-            lora_A, lora_B = adapter.read(home.module)
+        if home.module in adapter.modules:
+            tensors = adapter.read(home.module)
             scaling = adapter.weight * adapter.config.scaling_for(home.module)
-            total += scaling * (lora_B.astype("<f8") @ lora_A.astype("<f8"))
+            lora_A, lora_B = (tensors[name].astype("<f8") for name in ("lora_A", "lora_B"))
+            rank = len(lora_A)
+            total += scaling * (lora_B.reshape(-1, rank) @ lora_A.reshape(rank, -1))
+            magnitude = tensors.get("lora_magnitude")
+    if magnitude is not None:
+        lengths = np.linalg.norm(total, axis=1)
+        total *= (magnitude.reshape(-1) / np.where(lengths == 0, 1.0, lengths))[:, None]
     return total
 
 
@@ -123,9 +129,11 @@ def _sum_by_hand(file: OnnxFile, home: Home, updates: Updates) -> Array:
                 whole.ClearField(field)
             whole.raw_data = stream.read(span.length)
     weight: Array = numpy_helper.to_array(whole, base_dir=str(file.path.parent))
-    update = _update(home, updates)
-    total: Array = weight.astype("<f8") + (update.T if home.site.transposed else update)
-    return total.astype(weight.dtype)
+    flat = weight.reshape(len(weight), -1)
+    turned = home.site.transposed
+    total = _change(flat.T if turned else flat, home, updates)
+    changed: Array = (total.T if turned else total).reshape(weight.shape).astype(weight.dtype)
+    return np.ascontiguousarray(changed)
 
 
 def _make_input(model: onnx.ModelProto, name: str, value: Array) -> None:
@@ -148,7 +156,7 @@ def _unquantize(
     from onnx import helper
 
     before, after = _decoded(file, home), _decoded(changed, home)
-    wanted = before + _update(home, updates)
+    wanted = _change(before, home, updates)
     lost = float(np.linalg.norm(after - wanted) / (np.linalg.norm(wanted) or 1.0))
     bits = home.site.blocks.bits if home.site.blocks is not None else 8
     # A block's values are at most half a step of range / (2^bits - 1) from their codes.

@@ -40,7 +40,7 @@ SUFFIXES: dict[Kind, dict[str, str]] = {
 # PEFT wraps nn.MultiheadAttention, and its output projection again inside the wrapper.
 _OUT_PROJ = ".base_layer.out_proj"
 # As PEFT up to 0.12 wrote it.
-_OLD_MAGNITUDE = ".lora_magnitude_vector.weight"
+OLD_MAGNITUDE = ".lora_magnitude_vector.weight"
 # A parameter of the base below PEFT's wrapper, such as a bias that was trained.
 WRAPPED = ".base_layer"
 
@@ -189,7 +189,7 @@ def sort_out(
     others: dict[str, Tensor] = {}
     strange = []
     for key, tensor in tensors.items():
-        parts = module_of(key.removesuffix(".weight") if key.endswith(_OLD_MAGNITUDE) else key)
+        parts = module_of(key.removesuffix(".weight") if key.endswith(OLD_MAGNITUDE) else key)
         if parts is not None:
             module, kind, name = parts
             if name in found.setdefault(module, {}):

@@ -48,5 +48,5 @@ def check_adapters(chosen: list[tuple[str | Path, float]]) -> None:
 
         for folder, weight in chosen:
             found = open_adapter(folder, weight)
-            for module in found.factors:
+            for module in found.modules:
                 found.read(module)

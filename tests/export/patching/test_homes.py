@@ -17,6 +17,7 @@ from gauge_ext.errors import AdapterMismatchError
 from gauge_ext.export.disk.base_folder import open_base
 from gauge_ext.export.disk.onnx_file import open_onnx
 from gauge_ext.export.patching.homes import find_homes
+from gauge_ext.export.patching.update import WeightShape
 
 SHAPES = {
     "m.layer.0.q": (8, 8),
@@ -27,7 +28,8 @@ SHAPES = {
 
 
 def found(path: Path, shapes: dict, base: Path | None = None) -> dict[str, tuple[str, str]]:
-    homes = find_homes(open_onnx(path), shapes, None if base is None else open_base(base))
+    weights = {m: s if isinstance(s, WeightShape) else WeightShape(s) for m, s in shapes.items()}
+    homes = find_homes(open_onnx(path), weights, None if base is None else open_base(base))
     return {home.module: (home.site.tensor, home.found_by) for home in homes}
 
 
@@ -225,5 +227,5 @@ def test_a_graph_without_linear_layers(tmp_path):
     info = [helper.make_tensor_value_info(name, 1, ["n"]) for name in "xy"]
     path = tmp_path / "r.onnx"
     onnx.save(helper.make_model(helper.make_graph([node], "g", info[:1], info[1:])), str(path))
-    with pytest.raises(AdapterMismatchError, match="no linear layer with a weight of its own"):
+    with pytest.raises(AdapterMismatchError, match="no linear layer, embedding or convolution"):
         found(path, {"a": (2, 2)})
