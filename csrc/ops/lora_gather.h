@@ -1,8 +1,9 @@
 #pragma once
 
 // lora_gather: y_n = x_n Wᵀ + b + s_i·x_n A_iᵀ B_iᵀ with i = index[n], a different adapter for each
-// row or none (-1). lora_gather.cpp holds the schema, the checks, the autograd formula and the same
-// in plain ATen; each device provides the op and its backward under the dispatcher.
+// row or none (-1). lora_gather.cpp holds the schema and the checks, lora_gather_formula.cpp the
+// autograd formula and the same in plain ATen; each device provides the op and its backward under
+// the dispatcher.
 
 #include <optional>
 
@@ -25,5 +26,8 @@ LoraGatherSizes check_lora_gather(const at::Tensor& x,
                                   at::TensorList lora_B,
                                   at::ArrayRef<double> scaling,
                                   const at::Tensor& index);
+
+// Fails unless every entry of an index on the host names one of so many adapters, or none.
+void check_entries(at::ArrayRef<int64_t> index, int64_t adapters);
 
 }  // namespace gauge_ext

@@ -2,7 +2,7 @@
 
 // lora_linear: y = x Wᵀ + b + s·(x ∘ M) Aᵀ Bᵀ, where M is the multiplier of inverted dropout.
 // Each device provides forward, backward and mask under the dispatcher; lora_linear.cpp holds the
-// schema, the checks, the autograd formula and the same in plain ATen.
+// schema and the checks, lora_linear_formula.cpp the autograd formula and the same in plain ATen.
 
 #include <array>
 #include <optional>
@@ -39,8 +39,5 @@ std::vector<at::Tensor> differentiable_lora_linear_backward(const at::Tensor& gr
                                                             double scaling,
                                                             double dropout_p,
                                                             const std::optional<at::Tensor>& seed);
-
-// Whether the tensor is a dual number of forward mode or wrapped by torch.func's grad or jvp.
-bool is_transformed(const at::Tensor& tensor);
 
 }  // namespace gauge_ext

@@ -18,40 +18,14 @@ void check_rows(const at::Tensor& tensor, const std::string& name) {
               "; of a transposed weight, pass weight.t() with transposed=True");
 }
 
-}  // namespace
-
-void check_merge(at::TensorList out,
-                 at::TensorList weight,
-                 at::TensorList lora_A,
-                 at::TensorList lora_B,
-                 at::ArrayRef<double> scaling,
-                 const c10::List<bool>& transposed,
-                 const std::optional<at::Tensor>& seed,
-                 int64_t first_row) {
-  const auto check_length = [&](const char* name, size_t length) {
-    TORCH_CHECK(length == weight.size(), name, " must have one entry for each of the ",
-                weight.size(), " weights, got ", length);
-  };
-  check_length("out", out.size());
-  check_length("lora_A", lora_A.size());
-  check_length("lora_B", lora_B.size());
-  check_length("scaling", scaling.size());
-  check_length("transposed", transposed.size());
-  if (seed.has_value()) {
-    TORCH_CHECK(seed->dim() == 0 && seed->scalar_type() == at::kLong,
-                "seed must be a 0-dim int64 tensor, got ", seed->scalar_type(), " of shape ",
-                seed->sizes());
-  }
-  TORCH_CHECK(first_row >= 0, "first_row must not be negative, got ", first_row);
-}
-
-MergeSizes check_merge_of(size_t i,
-                          const at::Tensor& out,
-                          const at::Tensor& weight,
-                          const at::Tensor& lora_A,
-                          const at::Tensor& lora_B,
-                          bool transposed,
-                          bool stochastic) {
+// Checks the i-th arguments and returns the sizes.
+MergeSizes check_weight(size_t i,
+                        const at::Tensor& out,
+                        const at::Tensor& weight,
+                        const at::Tensor& lora_A,
+                        const at::Tensor& lora_B,
+                        bool transposed,
+                        bool stochastic) {
   const auto named = [&](const char* name) { return name + ("[" + std::to_string(i) + "]"); };
   check_rows(weight, named("weight"));
   check_rows(out, named("out"));
@@ -76,6 +50,53 @@ MergeSizes check_merge_of(size_t i,
       "seed asks for stochastic rounding, which is for bfloat16 and float16 weights; got ",
       weight.scalar_type(), " in ", named("weight"));
   return {weight.size(0), weight.size(1), rank};
+}
+
+}  // namespace
+
+std::vector<MergeSizes> check_merge(at::TensorList out,
+                                    at::TensorList weight,
+                                    at::TensorList lora_A,
+                                    at::TensorList lora_B,
+                                    at::ArrayRef<double> scaling,
+                                    const c10::List<bool>& transposed,
+                                    const std::optional<at::Tensor>& seed,
+                                    int64_t first_row) {
+  const auto check_length = [&](const char* name, size_t length) {
+    TORCH_CHECK(length == weight.size(), name, " must have one entry for each of the ",
+                weight.size(), " weights, got ", length);
+  };
+  check_length("out", out.size());
+  check_length("lora_A", lora_A.size());
+  check_length("lora_B", lora_B.size());
+  check_length("scaling", scaling.size());
+  check_length("transposed", transposed.size());
+  if (seed.has_value()) {
+    TORCH_CHECK(seed->dim() == 0 && seed->scalar_type() == at::kLong,
+                "seed must be a 0-dim int64 tensor, got ", seed->scalar_type(), " of shape ",
+                seed->sizes());
+  }
+  TORCH_CHECK(first_row >= 0, "first_row must not be negative, got ", first_row);
+  std::vector<MergeSizes> sizes;
+  for (size_t i = 0; i < weight.size(); ++i) {
+    sizes.push_back(
+        check_weight(i, out[i], weight[i], lora_A[i], lora_B[i], transposed[i], seed.has_value()));
+  }
+  return sizes;
+}
+
+MergeFactors::MergeFactors(const at::Tensor& lora_A,
+                           const at::Tensor& lora_B,
+                           double scaling,
+                           bool transposed,
+                           at::ScalarType dtype)
+    : left((transposed ? lora_A.t() : lora_B).to(dtype).mul(scaling).contiguous()),
+      right((transposed ? lora_B.t() : lora_A).to(dtype).contiguous()) {}
+
+void mark_written(const at::Tensor& out) {
+  if (!out.is_inference()) {
+    out.unsafeGetTensorImpl()->bump_version();
+  }
 }
 
 TORCH_LIBRARY_FRAGMENT(gauge_ext, m) {

@@ -22,23 +22,42 @@ struct MergeSizes {
   int64_t rank;
 };
 
-// Checks that the lists have one length, and the arguments that all weights share.
-void check_merge(at::TensorList out,
-                 at::TensorList weight,
-                 at::TensorList lora_A,
-                 at::TensorList lora_B,
-                 at::ArrayRef<double> scaling,
-                 const c10::List<bool>& transposed,
-                 const std::optional<at::Tensor>& seed,
-                 int64_t first_row);
+// Checks every argument of merge_out, so that nothing is written where one does not fit, and
+// returns the sizes of each weight.
+std::vector<MergeSizes> check_merge(at::TensorList out,
+                                    at::TensorList weight,
+                                    at::TensorList lora_A,
+                                    at::TensorList lora_B,
+                                    at::ArrayRef<double> scaling,
+                                    const c10::List<bool>& transposed,
+                                    const std::optional<at::Tensor>& seed,
+                                    int64_t first_row);
 
-// Checks the i-th arguments and returns the sizes.
-MergeSizes check_merge_of(size_t i,
-                          const at::Tensor& out,
-                          const at::Tensor& weight,
-                          const at::Tensor& lora_A,
-                          const at::Tensor& lora_B,
-                          bool transposed,
-                          bool stochastic);
+// s·B A = L R as the weight lies, (out, in), or (in, out) where it is transposed; contiguous.
+struct MergeFactors {
+  at::Tensor left, right;
+
+  MergeFactors(const at::Tensor& lora_A,
+               const at::Tensor& lora_B,
+               double scaling,
+               bool transposed,
+               at::ScalarType dtype);
+};
+
+// Tells autograd that `out`, which a graph may have saved, has changed.
+void mark_written(const at::Tensor& out);
+
+// merge_ by way of a device's merge_out
+template <auto merge_out>
+at::Tensor merge_in_place(at::TensorList weight,
+                          at::TensorList lora_A,
+                          at::TensorList lora_B,
+                          at::ArrayRef<double> scaling,
+                          const c10::List<bool>& transposed,
+                          const std::optional<at::Tensor>& seed,
+                          int64_t first_row,
+                          bool fidelity) {
+  return merge_out(weight, lora_A, lora_B, scaling, transposed, seed, first_row, fidelity, weight);
+}
 
 }  // namespace gauge_ext

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
-#include <vector>
 
 #include <ATen/core/Tensor.h>
 
@@ -70,12 +69,6 @@ void for_chunks(int64_t rows, const F& body) {
   for (int64_t first = 0; first < rows; first += step) {
     body(first, std::min(step, rows - first));
   }
-}
-
-inline std::vector<int64_t> output_shape(const at::Tensor& x, int64_t out_features) {
-  std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = out_features;
-  return shape;
 }
 
 }  // namespace gauge_ext

@@ -12,6 +12,7 @@
 #include "ops/cpu/chunks.h"
 #include "ops/cpu/low_rank.h"
 #include "ops/cpu/pieces.h"
+#include "ops/rows.h"
 
 namespace gauge_ext {
 namespace {
@@ -87,11 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_any,
                                             bool needs_A,
                                             bool needs_B) {
   const auto n = check_lora_linear(x_any, weight, std::nullopt, lora_A, lora_B, dropout_p, seed);
-  TORCH_CHECK(grad_any.dim() == x_any.dim() && grad_any.size(-1) == n.out_features &&
-                  grad_any.numel() == n.rows * n.out_features,
-              "grad must have shape [*batch, out] = [*, ", n.out_features, "] to fit x ",
-              x_any.sizes(), ", got ", grad_any.sizes());
-  check_same_dtype(grad_any, "grad", x_any);
+  check_grad(grad_any, "grad", x_any, n.rows, n.out_features);
   check_matrix(hidden_any, "hidden", "[N, r]", n.rows, n.rank);
   const Dropout dropout = make_dropout(dropout_p, seed);
   return dispatch_dtype(x_any, [&](auto tag) -> std::tuple<Tensor, Tensor, Tensor> {

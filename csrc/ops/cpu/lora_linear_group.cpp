@@ -7,10 +7,10 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "check.h"
 #include "ops/cpu/adapted_layer.h"
 #include "ops/cpu/chunks.h"
 #include "ops/cpu/pieces.h"
+#include "ops/rows.h"
 
 namespace gauge_ext {
 namespace {
@@ -29,15 +29,13 @@ std::deque<AdaptedLayer<scalar_t>> make_layers(const Tensor& x,
                                                Scalings scalings,
                                                double dropout_p,
                                                TensorList seeds) {
-  check_lora_linear_group(weights, biases != nullptr ? biases->size() : weights.size(), lora_As,
-                          lora_Bs, scalings, dropout_p, seeds);
+  const auto sizes =
+      check_lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seeds);
   std::deque<AdaptedLayer<scalar_t>> layers;
   for (size_t i = 0; i < weights.size(); ++i) {
     const auto bias = biases != nullptr ? biases->get(i) : std::nullopt;
-    const auto seed = seed_of(seeds, i);
-    const auto n = check_lora_linear(x, weights[i], bias, lora_As[i], lora_Bs[i], dropout_p, seed);
-    layers.emplace_back(n, weights[i], bias, lora_As[i], lora_Bs[i], scalings[i],
-                        make_dropout(dropout_p, seed));
+    layers.emplace_back(sizes[i], weights[i], bias, lora_As[i], lora_Bs[i], scalings[i],
+                        make_dropout(dropout_p, seed_of(seeds, i)));
   }
   return layers;
 }
@@ -120,29 +118,24 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(TensorList
                                                                       bool needs_x,
                                                                       bool needs_factors) {
   using Result = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
-  TORCH_CHECK(grads.size() == weights.size() && hiddens.size() == weights.size(),
-              "grads and hiddens must have an entry for each of the ", weights.size(),
-              " weights, got ", grads.size(), " and ", hiddens.size());
   return dispatch_dtype(x_any, [&](auto tag) -> Result {
     using scalar_t = decltype(tag);
     using acc_t = typename AccOf<scalar_t>::type;
     auto layers = make_layers<scalar_t>(x_any, weights, nullptr, lora_As, lora_Bs, scalings,
                                         dropout_p, seeds);
+    std::vector<LoraLinearSizes> sizes;
+    for (const auto& layer : layers) {
+      sizes.push_back(layer.sizes());
+    }
+    check_lora_linear_group_grads(grads, hiddens, x_any, sizes);
     const Tensor x = x_any.contiguous();
     std::vector<Tensor> gs, hs;
     std::deque<typename AdaptedLayer<scalar_t>::Sums> sums;
     const int64_t all_rows = layers[0].sizes().rows, in = layers[0].sizes().in_features;
     for (size_t i = 0; i < layers.size(); ++i) {
-      const auto& n = layers[i].sizes();
-      TORCH_CHECK(grads[i].dim() == x.dim() && grads[i].size(-1) == n.out_features &&
-                      grads[i].numel() == n.rows * n.out_features,
-                  "each of grads must have shape [*batch, out] = [*, ", n.out_features,
-                  "] to fit x ", x.sizes(), ", got ", grads[i].sizes());
-      check_same_dtype(grads[i], "each of grads", x);
-      check_matrix(hiddens[i], "each of hiddens", "[N, r]", n.rows, n.rank);
       gs.push_back(grads[i].contiguous());
       hs.push_back(hiddens[i].to(acc_dtype<scalar_t>()).contiguous());
-      sums.push_back(layers[i].sums(n.rows, needs_x, needs_factors, needs_factors));
+      sums.push_back(layers[i].sums(all_rows, needs_x, needs_factors, needs_factors));
     }
     const Tensor grad_x = needs_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
     Buffer<acc_t> x_copy, grad_x_copy;

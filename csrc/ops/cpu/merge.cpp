@@ -102,12 +102,9 @@ Tensor merge_out(at::TensorList weight,
                  int64_t first_row,
                  bool fidelity,
                  at::TensorList out) {
-  check_merge(out, weight, lora_A, lora_B, scaling, transposed, seed, first_row);
-  std::vector<MergeSizes> sizes;
-  for (size_t i = 0; i < weight.size(); ++i) {  // all of them before the first is written
-    sizes.push_back(check_merge_of(i, out[i], weight[i], lora_A[i], lora_B[i], transposed[i],
-                                   seed.has_value()));
-    dispatch_dtype(weight[i], [](auto) {});
+  const auto sizes = check_merge(out, weight, lora_A, lora_B, scaling, transposed, seed, first_row);
+  for (const Tensor& one : weight) {  // all of them before the first is written
+    dispatch_dtype(one, [](auto) {});
   }
   const Tensor result = at::zeros({static_cast<int64_t>(weight.size()), 4}, at::kDouble);
   auto* row = result.mutable_data_ptr<double>();
@@ -120,16 +117,11 @@ Tensor merge_out(at::TensorList weight,
     const auto sums = dispatch_dtype(weight[i], [&](auto tag) {
       using scalar_t = decltype(tag);
       const auto dtype = std::is_same_v<scalar_t, double> ? at::kDouble : at::kFloat;
-      // s·B A = L R as the weight lies: (out, in), or (in, out) where it is transposed.
-      const Tensor left =
-          (transposed[i] ? lora_A[i].t() : lora_B[i]).to(dtype).mul(scaling[i]).contiguous();
-      const Tensor right = (transposed[i] ? lora_B[i].t() : lora_A[i]).to(dtype).contiguous();
-      return merge_one<scalar_t>(sizes[i], out[i], weight[i], left, right,
+      const MergeFactors factors(lora_A[i], lora_B[i], scaling[i], transposed[i], dtype);
+      return merge_one<scalar_t>(sizes[i], out[i], weight[i], factors.left, factors.right,
                                  seed.has_value() ? &rounding : nullptr, fidelity);
     });
-    if (!out[i].is_inference()) {  // what autograd may have saved of it has changed
-      out[i].unsafeGetTensorImpl()->bump_version();
-    }
+    mark_written(out[i]);
     row[0] = sums.finite ? 1.0 : 0.0;
     row[1] = sums.delta;
     row[2] = sums.kept;
@@ -138,21 +130,10 @@ Tensor merge_out(at::TensorList weight,
   return result;
 }
 
-Tensor merge_(at::TensorList weight,
-              at::TensorList lora_A,
-              at::TensorList lora_B,
-              at::ArrayRef<double> scaling,
-              const c10::List<bool>& transposed,
-              const OptionalTensor& seed,
-              int64_t first_row,
-              bool fidelity) {
-  return merge_out(weight, lora_A, lora_B, scaling, transposed, seed, first_row, fidelity, weight);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gauge_ext, CPU, m) {
-  m.impl("merge_", &merge_);
+  m.impl("merge_", &merge_in_place<&merge_out>);
   m.impl("merge_out", &merge_out);
 }
 

@@ -14,6 +14,7 @@
 #include "ops/cuda/gather.h"
 #include "ops/cuda/launch.h"
 #include "ops/cuda/upload.h"
+#include "ops/rows.h"
 
 namespace gauge_ext::cuda {
 namespace {
@@ -26,10 +27,7 @@ Tensor index_on_device(const Tensor& index, const Tensor& x, int64_t adapters) {
   const Tensor dense = index.contiguous();
   if (dense.is_cpu()) {
     const int64_t* entries = dense.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < dense.numel(); ++i) {
-      TORCH_CHECK(entries[i] >= -1 && entries[i] < adapters, "index must be in [-1, ", adapters,
-                  ") for ", adapters, " adapters, got ", entries[i]);
-    }
+    check_entries({entries, static_cast<size_t>(dense.numel())}, adapters);
     const Tensor there = at::empty(dense.sizes(), x.options().dtype(at::kLong));
     upload(entries, 8 * dense.numel(), there.mutable_data_ptr(), current_stream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -135,7 +133,7 @@ Tensor forward(const Tensor& x,
                const Tensor& index) {
   const auto n = check_lora_gather(x, weight, bias, lora_A, lora_B, scaling, index);
   const auto guard = guard_of(x);
-  const Tensor rows = x.contiguous().view({n.rows, n.in_features});
+  const Tensor rows = rows_of(x, n.rows, n.in_features);
   const Tensor y = dispatch(x, "x", [&](auto tag) {
     const GatherCall<typename decltype(tag)::type> call(n, x, lora_A, lora_B, {}, {}, scaling,
                                                         index);
@@ -143,9 +141,7 @@ Tensor forward(const Tensor& x,
     return call.expand(x.options(), n.out_features, bias, hidden, Side::kB);
   });
   y.addmm_(rows, weight.t());
-  std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = n.out_features;
-  return y.view(shape);
+  return y.view(output_shape(x, n.out_features));
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(const Tensor& grad,
@@ -158,13 +154,10 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(const Tens
                                                                       bool needs_x,
                                                                       bool needs_factors) {
   const auto n = check_lora_gather(x, weight, std::nullopt, lora_A, lora_B, scaling, index);
-  TORCH_CHECK(grad.dim() == x.dim() && grad.size(-1) == n.out_features &&
-                  grad.numel() == n.rows * n.out_features,
-              "grad must have shape [*batch, out] = [*, ", n.out_features, "] to fit x ", x.sizes(),
-              ", got ", grad.sizes());
+  check_grad(grad, "grad", x, n.rows, n.out_features);
   const auto guard = guard_of(x);
-  const Tensor grads = grad.contiguous().view({n.rows, n.out_features});
-  const Tensor rows = x.contiguous().view({n.rows, n.in_features});
+  const Tensor grads = rows_of(grad, n.rows, n.out_features);
+  const Tensor rows = rows_of(x, n.rows, n.in_features);
   std::vector<Tensor> grads_A, grads_B;
   for (size_t i = 0; i < lora_A.size(); ++i) {
     grads_A.push_back(

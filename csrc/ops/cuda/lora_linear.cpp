@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include "ops/cuda/low_rank_call.h"
+#include "ops/rows.h"
 
 namespace gauge_ext::cuda {
 namespace {
@@ -34,7 +35,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x,
   const auto n = check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p, seed);
   const auto guard = guard_of(x);
   const DropoutSource dropout = make_dropout(x, dropout_p, seed);
-  const Tensor rows = x.contiguous().view({n.rows, n.in_features});
+  const Tensor rows = rows_of(x, n.rows, n.in_features);
   auto [y, hidden] = dispatch(x, "x", [&](auto scalar) {
     const LowRankCall<typename decltype(scalar)::type> call;
     const Tensor hidden = call.project(rows, lora_A, dropout, 1.0);
@@ -42,9 +43,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x,
     return std::make_tuple(y, hidden);
   });
   y.addmm_(rows, weight.t());
-  std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = n.out_features;
-  return {y.view(shape), hidden};
+  return {y.view(output_shape(x, n.out_features)), hidden};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad,
@@ -60,13 +59,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad,
                                             bool needs_A,
                                             bool needs_B) {
   const auto n = check_lora_linear(x, weight, std::nullopt, lora_A, lora_B, dropout_p, seed);
-  TORCH_CHECK(grad.dim() == x.dim() && grad.size(-1) == n.out_features &&
-                  grad.numel() == n.rows * n.out_features,
-              "grad must have shape [*batch, out] = [*, ", n.out_features, "] to fit x ", x.sizes(),
-              ", got ", grad.sizes());
+  check_grad(grad, "grad", x, n.rows, n.out_features);
   const auto guard = guard_of(x);
   const DropoutSource dropout = make_dropout(x, dropout_p, seed);
-  const Tensor grad_rows = grad.contiguous().view({n.rows, n.out_features});
+  const Tensor grad_rows = rows_of(grad, n.rows, n.out_features);
   return dispatch(x, "x", [&](auto scalar) -> std::tuple<Tensor, Tensor, Tensor> {
     const LowRankCall<typename decltype(scalar)::type> call;
     Tensor grad_hidden, grad_x = at::empty({0}, x.options());
@@ -77,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad,
       grad_hidden = call.project(grad_rows, lora_B.t(), DropoutSource(), scaling);
     }
     if (needs_A) {
-      const Tensor rows = x.contiguous().view({n.rows, n.in_features});
+      const Tensor rows = rows_of(x, n.rows, n.in_features);
       grad_A = call.backward_A(rows, grad_hidden, lora_A.options(), dropout);
     }
     if (needs_x) {

@@ -10,9 +10,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "check.h"
 #include "ops/cuda/low_rank_call.h"
-#include "ops/lora_linear.h"
+#include "ops/rows.h"
 
 namespace gauge_ext::cuda {
 namespace {
@@ -40,15 +39,16 @@ struct Group {
         TensorList lora_Bs,
         Scalings scalings,
         double dropout_p,
-        TensorList seeds) {
-    const size_t n = weights.size();
-    check_lora_linear_group(weights, biases != nullptr ? biases->size() : n, lora_As, lora_Bs,
-                            scalings, dropout_p, seeds);
-    for (size_t i = 0; i < n; ++i) {
-      const auto bias = biases != nullptr ? biases->get(i) : std::nullopt;
-      sizes.push_back(check_lora_linear(x, weights[i], bias, lora_As[i], lora_Bs[i], dropout_p,
-                                        seed_of(seeds, i)));
-    }
+        TensorList seeds)
+      : sizes(check_lora_linear_group(x,
+                                      weights,
+                                      biases,
+                                      lora_As,
+                                      lora_Bs,
+                                      scalings,
+                                      dropout_p,
+                                      seeds)) {
+    const size_t n = sizes.size();
     const bool shared = dropout_p == 0.0 || seeds.size() == 1;
     const size_t step = shared ? n : 1;
     for (size_t first = 0; first < n; first += step) {
@@ -65,10 +65,6 @@ struct Group {
     }
   }
 };
-
-Tensor rows_of(const Tensor& tensor, int64_t rows, int64_t columns) {
-  return tensor.contiguous().view({rows, columns});
-}
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> forward(const Tensor& x,
                                                              TensorList weights,
@@ -93,9 +89,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> forward(const Tensor& x,
         const Tensor y = call.expand(x.options(), biases.get(i), hidden, lora_Bs[i].t(),
                                      DropoutSource(), scalings[i]);
         y.addmm_(rows, weights[i].t());
-        std::vector<int64_t> shape = x.sizes().vec();
-        shape.back() = group.sizes[i].out_features;
-        ys.push_back(y.view(shape));
+        ys.push_back(y.view(output_shape(x, group.sizes[i].out_features)));
         hiddens.push_back(hidden);
       }
     }
@@ -126,21 +120,13 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(TensorList
                                                                       TensorList seeds,
                                                                       bool needs_x,
                                                                       bool needs_factors) {
-  TORCH_CHECK(grads.size() == weights.size() && hiddens.size() == weights.size(),
-              "grads and hiddens must have an entry for each of the ", weights.size(),
-              " weights, got ", grads.size(), " and ", hiddens.size());
   const auto guard = guard_of(x);
   const Group group(x, weights, nullptr, lora_As, lora_Bs, scalings, dropout_p, seeds);
   const Tensor rows = rows_of(x, group.sizes[0].rows, group.sizes[0].in_features);
+  check_lora_linear_group_grads(grads, hiddens, x, group.sizes);
   std::vector<Tensor> grad_rows, grad_As, grad_Bs;
   for (size_t i = 0; i < weights.size(); ++i) {
     const auto& n = group.sizes[i];
-    TORCH_CHECK(grads[i].dim() == x.dim() && grads[i].size(-1) == n.out_features &&
-                    grads[i].numel() == n.rows * n.out_features,
-                "each of grads must have shape [*batch, out] = [*, ", n.out_features, "] to fit x ",
-                x.sizes(), ", got ", grads[i].sizes());
-    check_same_dtype(grads[i], "each of grads", x);
-    check_matrix(hiddens[i], "each of hiddens", "[N, r]", n.rows, n.rank);
     grad_rows.push_back(rows_of(grads[i], n.rows, n.out_features));
   }
   Tensor grad_x = at::empty({0}, x.options());

@@ -61,13 +61,10 @@ Tensor merge_out(at::TensorList weight,
                  int64_t first_row,
                  bool fidelity,
                  at::TensorList out) {
-  check_merge(out, weight, lora_A, lora_B, scaling, transposed, seed, first_row);
+  const auto sizes = check_merge(out, weight, lora_A, lora_B, scaling, transposed, seed, first_row);
   const auto count = static_cast<int64_t>(weight.size());
   TORCH_CHECK(count > 0, "weight must have at least one entry, got an empty list");
-  std::vector<MergeSizes> sizes;
   for (size_t i = 0; i < weight.size(); ++i) {  // all of them before the first is written
-    sizes.push_back(check_merge_of(i, out[i], weight[i], lora_A[i], lora_B[i], transposed[i],
-                                   seed.has_value()));
     TORCH_CHECK(weight[i].device() == weight[0].device() && out[i].device() == weight[i].device(),
                 "the weights of one call must be on one device, ", weight[0].device(), ", got ",
                 weight[i].device(), " in weight[", i, "] and ", out[i].device(), " in out[", i,
@@ -82,36 +79,20 @@ Tensor merge_out(at::TensorList weight,
     dispatch(weight[i], "weight", [&](auto tag) {
       using scalar_t = typename decltype(tag)::type;
       const auto dtype = acc_dtype<typename AccOf<scalar_t>::type>();
-      // s·B A = L R as the weight lies: (out, in), or (in, out) where it is transposed.
-      const Tensor left =
-          (transposed[i] ? lora_A[i].t() : lora_B[i]).to(dtype).mul(scaling[i]).contiguous();
-      const Tensor right = (transposed[i] ? lora_B[i].t() : lora_A[i]).to(dtype).contiguous();
-      merge_one<scalar_t>(sizes[i], out[i], weight[i], left, right,
+      const MergeFactors factors(lora_A[i], lora_B[i], scaling[i], transposed[i], dtype);
+      merge_one<scalar_t>(sizes[i], out[i], weight[i], factors.left, factors.right,
                           seed.has_value() ? &source : nullptr, static_cast<int64_t>(i), first_row,
                           fidelity, mutable_data_of<double>(result) + 4 * i);
     });
-    if (!out[i].is_inference()) {  // what autograd may have saved of it has changed
-      out[i].unsafeGetTensorImpl()->bump_version();
-    }
+    mark_written(out[i]);
   }
   return result;
-}
-
-Tensor merge_(at::TensorList weight,
-              at::TensorList lora_A,
-              at::TensorList lora_B,
-              at::ArrayRef<double> scaling,
-              const c10::List<bool>& transposed,
-              const OptionalTensor& seed,
-              int64_t first_row,
-              bool fidelity) {
-  return merge_out(weight, lora_A, lora_B, scaling, transposed, seed, first_row, fidelity, weight);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gauge_ext, CUDA, m) {
-  m.impl("merge_", &merge_);
+  m.impl("merge_", &merge_in_place<&merge_out>);
   m.impl("merge_out", &merge_out);
 }
 
