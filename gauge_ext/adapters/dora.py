@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gauge_ext import ops
+
 
 @torch.no_grad()
 def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -28,9 +30,12 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
         In float32, or in float64 where W or a factor is.
     """
     wide = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
-    a, b, w = lora_A.to(wide), lora_B.to(wide), weight.to(wide)
-    products = (2.0 * scaling) * (w @ a.mT) + (scaling * scaling) * (b @ (a @ a.mT))
-    squares: Tensor = torch.linalg.vector_norm(w, dim=1).square() + products.mul_(b).sum(1)
+    a, b = lora_A.to(wide), lora_B.to(wide)
+    products = torch.addmm(
+        ops.project(weight, a), b, a @ a.mT, beta=2.0 * scaling, alpha=scaling * scaling
+    )
+    squares: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
+    squares += products.mul_(b).sum(1)
     # Rounding may leave a row of zeros a little below zero.
     squares.clamp_min_(0.0).sqrt_()
     return squares

@@ -3,7 +3,7 @@
 from gauge_ext.ops import factor_reference, reference
 from gauge_ext.ops.factor_step import factor_gradient_norm, gauge_adam_step, scaled_gd_step
 from gauge_ext.ops.lora_gather import lora_gather
-from gauge_ext.ops.lora_linear import draw_seed, lora_linear
+from gauge_ext.ops.lora_linear import draw_seed, lora_linear, project
 from gauge_ext.ops.lora_linear_group import lora_linear_group
 from gauge_ext.ops.merge import MergeSums, merge_, merge_into, merges_in_one_pass
 
@@ -19,6 +19,7 @@ __all__ = [
     "merge_",
     "merge_into",
     "merges_in_one_pass",
+    "project",
     "reference",
     "scaled_gd_step",
 ]
