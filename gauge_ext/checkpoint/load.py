@@ -48,7 +48,8 @@ def load_adapter(
         allow_pickle: See :func:`~gauge_ext.checkpoint.read_adapter`.
 
     Returns:
-        ``model``.
+        ``model``. Of a base on the meta device the adapter has its values, on the CPU, and the base
+        takes its own by ``load_state_dict(..., assign=True, strict=False)``.
 
     Raises:
         AdapterFormatError: See :func:`~gauge_ext.checkpoint.read_adapter`, as for ConfigError and
@@ -56,7 +57,8 @@ def load_adapter(
         AdapterMismatchError: The adapter is for another model: unknown modules, other shapes,
             another rank, or layers for which it has no weights.
         TargetError: A layer that it names cannot carry an adapter.
-        AdapterStateError: The model's adapters are merged.
+        AdapterStateError: The model's adapters are merged; or the file holds parameters of a base
+            that is on the meta device.
     """
     checkpoint = read_adapter(path, allow_pickle=allow_pickle)
     inner = unwrap(model)
@@ -100,8 +102,13 @@ def _fill(
                 hint="use_dora and lora_bias of the config say what there has to be.",
             )
         for factor, tensor in pair.tensors.items():
-            parameters[factor].copy_(tensor)
-            parameters[factor].requires_grad_(trainable)
+            if (here := parameters[factor]).is_meta:
+                # A base that has its weights yet to come; the adapter has its own from now on.
+                here = nn.Parameter(tensor.to(here.dtype, copy=True))
+                setattr(layer, factor, here)
+            else:
+                here.copy_(tensor)
+            here.requires_grad_(trainable)
         named = checkpoint.config.name_for(name, pair.kind)
         layer.scaling = checkpoint.config.scaling_for(named)
         layer.dropout_p = checkpoint.config.dropout
@@ -125,6 +132,12 @@ def _fill_whole(checkpoint: AdapterCheckpoint, model: nn.Module, *, trainable: b
                 f"{checkpoint.path} holds the parameter {path!r} of shape {tuple(value.shape)}, "
                 f"and this {type(model).__name__} has {shape}.",
                 hint="If the vocabulary was resized for training, resize the model's first.",
+            )
+        if here.is_meta:
+            raise AdapterStateError(
+                f"{checkpoint.path} holds the parameter {path!r} of the base, which is on the meta "
+                "device and would take its own values later.",
+                hint="Load the base's weights first, and then the adapter.",
             )
         if path in trained:
             here.copy_(value)

@@ -11,6 +11,7 @@ from torch._decomp import register_decomposition
 
 from gauge_ext import _load
 from gauge_ext.ops import reference
+from gauge_ext.ops.meta import require_values
 
 # The schema that csrc/ops/lora_gather.cpp registers; needed here where nothing is compiled.
 _SCHEMA = (
@@ -73,6 +74,7 @@ def _fake_gather(
     scaling: list[float],
     index: Tensor,
 ) -> Tensor:
+    require_values(x, weight, bias, *lora_A, *lora_B)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

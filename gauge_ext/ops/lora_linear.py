@@ -11,6 +11,7 @@ from torch._decomp import register_decomposition
 
 from gauge_ext import _load
 from gauge_ext.ops import reference
+from gauge_ext.ops.meta import require_values
 
 # The schema that csrc/ops/lora_linear.cpp registers; needed here where nothing is compiled.
 _SCHEMA = (
@@ -123,6 +124,7 @@ def _fake_forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    require_values(x, weight, bias, lora_A, lora_B)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     hidden = x.new_empty((math.prod(x.shape[:-1]), lora_A.shape[0]), dtype=_acc_dtype(x))
     return y, hidden
@@ -158,6 +160,7 @@ def _fake_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
+    require_values(x, weight, bias, lora_A, lora_B)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

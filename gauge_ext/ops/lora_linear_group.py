@@ -13,6 +13,7 @@ from torch._decomp import register_decomposition
 from gauge_ext import _load
 from gauge_ext.ops import reference
 from gauge_ext.ops.lora_linear import lora_linear
+from gauge_ext.ops.meta import require_values
 
 # The schema that csrc/ops/lora_linear_group.cpp registers; needed where nothing is compiled.
 _SCHEMA = (
@@ -82,6 +83,7 @@ def _fake_group(
     dropout_p: float,
     seeds: Sequence[Tensor],
 ) -> list[Tensor]:
+    require_values(x, *weights, *biases, *lora_As, *lora_Bs)
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
 
 

@@ -274,3 +274,37 @@ def test_a_failure_in_the_middle_leaves_a_bare_model(
     with pytest.raises(MemoryError):
         load_adapter(mlp, folder)
     assert untouched(mlp, before)
+
+
+def test_onto_a_base_whose_weights_come_later(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+
+    torch.manual_seed(0)
+    base = build()
+    model = attach(copy.deepcopy(base), LoRAConfig(rank=2, use_dora=True))
+    for parameter in adapter_parameters(model):
+        nn.init.normal_(parameter)
+    save_adapter(model, tmp_path)
+    with torch.device("meta"):
+        empty = build()
+    load_adapter(empty, tmp_path, trainable=False)
+    assert all(parameter.is_meta is ("lora" not in n) for n, parameter in empty.named_parameters())
+    x = torch.randn(3, 6)
+    missing = empty.load_state_dict(base.state_dict(), assign=True, strict=False).missing_keys
+    assert all("lora_" in name for name in missing)
+    assert not any(p.requires_grad for p in adapter_parameters(empty))
+    torch.testing.assert_close(empty(x), model(x))
+
+
+def test_whole_parameters_are_not_lost_in_a_base_whose_weights_come_later(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+
+    config = LoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1"])
+    save_adapter(attach(build(), config), tmp_path)
+    with torch.device("meta"):
+        empty = build()
+    with pytest.raises(AdapterStateError, match=r"'1\.(bias|weight)'.*meta device.*weights first"):
+        load_adapter(empty, tmp_path)
+    assert type(empty[0]) is nn.Linear

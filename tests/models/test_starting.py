@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -90,3 +91,26 @@ def test_what_cannot_be_used(model: nn.Module) -> None:
         start_from_residual(model, {})
     with pytest.raises(AdapterStateError, match="no adapters on linear layers"):
         start_from_inputs(nn.Linear(2, 2), [], run)
+
+
+def test_on_a_base_in_four_bits_it_makes_up_for_the_quantization() -> None:
+    """LoftQ's start, one step of it: the nearest of the rank to what the bits lost."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchao tells of kernels that its wheel lacks
+        quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48))
+    wanted = model[0].weight.detach().clone()
+    group = quantization.PerGroup(32)
+    config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group)
+    quantization.quantize_(model, config)
+    lost = wanted - model[0].weight.dequantize()
+    attach(model, LoRAConfig(rank=8, target_modules=["0"]))
+    left = start_from_residual(model, {"0": wanted})
+    s = torch.linalg.svdvals(lost.double())
+    share = float(s[8:].square().sum() / s.square().sum())
+    assert left["0"] == pytest.approx(share, rel=1e-3)
+    x = torch.randn(256, 64)
+    exact = x @ wanted.T + model[0].bias
+    error = (model(x) - exact).detach().square().sum() / (x @ lost.T).square().sum()
+    assert 0.8 * share < float(error) < 1.2 * share
