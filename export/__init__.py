@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from gauge_ext.export.adapters.session import AdapterSession
     from gauge_ext.export.language.causal_lm import export_causal_lm, validate_causal_lm
     from gauge_ext.export.language.generate import OnnxGenerator
-    from gauge_ext.export.language.model_folder import ModelReport
+    from gauge_ext.export.language.model_report import ModelReport
     from gauge_ext.export.language.seq2seq import export_seq2seq, validate_seq2seq
     from gauge_ext.export.patching.merge import MergeReport, merge_checkpoint
     from gauge_ext.export.patching.patch import PatchedWeight, PatchReport, patch_onnx
-    from gauge_ext.export.precision.quantize import (
+    from gauge_ext.export.precision.quantize import quantize_onnx
+    from gauge_ext.export.precision.quantize_methods import QuantizationOptions
+    from gauge_ext.export.precision.quantize_report import (
         QuantizationLossError,
         QuantizationReport,
-        quantize_onnx,
     )
-    from gauge_ext.export.precision.quantize_methods import QuantizationOptions
     from gauge_ext.export.provenance import Provenance, check_provenance, read_provenance
     from gauge_ext.export.report import CaseResult, ExportReport, OutputDifference, ValidationReport
     from gauge_ext.export.to_onnx import export_onnx

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PREFIX = "gauge_ext."
 _WRAPPED_BASE = "base_model."
+_LATER = frozenset({"parameters", "dynamic_dims", "validation", "precision", "generation"})
 
 
 def provenance(model: nn.Module, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -68,7 +69,7 @@ def provenance(model: nn.Module, extra: Mapping[str, str] | None = None) -> dict
     for key, value in (extra or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ConfigError(f"provenance must map text to text, got {key!r}: {value!r}.")
-        if key in said or key in {"parameters", "dynamic_dims", "validation", "precision"}:
+        if key in said or key in _LATER:
             raise ConfigError(f"provenance: {key!r} is written by gauge_ext itself.")
         said[key] = value
     return said

@@ -16,7 +16,7 @@ from gauge_ext.export.metadata import PREFIX, base_sha256
 if TYPE_CHECKING:
     from torch import nn
 
-_REST = ("parameters", "dynamic_dims", "adapted_layers", "validation")  # JSON in JSON
+_REST = ("parameters", "dynamic_dims", "adapted_layers", "validation", "generation")  # JSON in JSON
 
 
 @dataclass(frozen=True)

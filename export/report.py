@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gauge_ext.export.precision.quantize import QuantizationReport
+    from gauge_ext.export.precision.quantize_report import QuantizationReport
 
 
 @dataclass(frozen=True)

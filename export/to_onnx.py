@@ -13,19 +13,26 @@ import torch
 from torch import nn
 
 from gauge_ext.errors import ConfigError, ExportError
+from gauge_ext.export.adapters.feeds import feeds_by_case
 from gauge_ext.export.adapters.graph import open_inputs, open_layers, require_choice
-from gauge_ext.export.adapters.table import AdapterForm, AdapterPrecision
+from gauge_ext.export.adapters.table import (
+    AdapterForm,
+    AdapterPrecision,
+    AdapterTable,
+    Arrays,
+)
 from gauge_ext.export.adapters.validate import validate_adapters
 from gauge_ext.export.checks import require_count, require_exportable, require_packages
 from gauge_ext.export.disk.files import data_name, require_space, staged_files, write_errors
 from gauge_ext.export.metadata import annotate, append_metadata, summary
 from gauge_ext.export.metadata import provenance as provenance_of
-from gauge_ext.export.precision.quantize import QuantizationReport, quantize_in_place
+from gauge_ext.export.precision.quantize import quantize_in_place
 from gauge_ext.export.precision.quantize_methods import (
     Precision,
     QuantizationOptions,
     require_precision,
 )
+from gauge_ext.export.precision.quantize_report import QuantizationReport
 from gauge_ext.export.report import ExportReport, ValidationReport
 from gauge_ext.export.tolerance import Tolerance
 from gauge_ext.export.trace.cases import MakeInputs, make_cases
@@ -132,7 +139,7 @@ def export_onnx(
     require_opset(opset)
     require_count("random_cases", random_cases)
     _require_mode(mode, adapter_targets, adapter_form, adapter_precision)
-    _require_quantizable(model, mode, precision, quantization)
+    require_quantizable(model, precision, quantization)
     path = Path(path)
     source = unwrap(model)
     example = bind_inputs(source, example_inputs)
@@ -159,6 +166,7 @@ def export_onnx(
                 input_names=input_names,
                 output_names=output_names,
             )
+            table: AdapterTable | None = None
             if opened is not None:
                 form, stored = require_choice(adapter_form, adapter_precision, opened.compute)
                 digest = said["base_sha256"]
@@ -214,11 +222,28 @@ def export_onnx(
                     seed=seed,
                     make_inputs=make_inputs,
                 )
-                feeds = (
-                    (case.name, case.sizes, dict(zip(report.inputs, case.arrays, strict=True)))
-                    for case in cases
-                )
                 options = quantization or QuantizationOptions()
+                more: dict[str, Arrays] = {"": {}}
+                if table is not None:
+                    more = feeds_by_case(table, source)
+                    # Ranges with the adapter as well as without; zeros stand in for none.
+                    options = replace(
+                        options,
+                        calibration=[
+                            {**one, **arrays}
+                            for one in options.calibration
+                            for arrays in more.values()
+                        ],
+                    )
+                feeds = (
+                    (
+                        case.name + suffix,
+                        case.sizes,
+                        {**dict(zip(report.inputs, case.arrays, strict=True)), **arrays},
+                    )
+                    for case in cases
+                    for suffix, arrays in more.items()
+                )
                 lost = quantize_in_place(draft, path, precision, options, feeds)
             signed = lost.provenance
         report = replace(
@@ -244,20 +269,19 @@ def _require_mode(mode: str, targets: object, form: str, precision: str | None) 
         )
 
 
-def _require_quantizable(
-    model: nn.Module, mode: str, precision: str, options: QuantizationOptions | None
+def require_quantizable(
+    model: nn.Module, precision: str, options: QuantizationOptions | None
 ) -> None:
+    """Refuses, before any work, what cannot be brought to a precision.
+
+    Raises:
+        ConfigError: the precision or an option cannot be used, or the model is not in float32.
+    """
     require_precision(precision, options or QuantizationOptions())
     if precision == "fp32":
         if options is not None:
             raise ConfigError("quantization is given, and precision is 'fp32'.")
         return
-    if mode == "adapters" and precision in {"fp16", "int8-static"}:
-        raise ConfigError(
-            f"precision={precision!r} is for mode='merged', got mode='adapters'.",
-            hint="Use precision='int8' or 'int4' for the base, and adapter_precision for adapters; "
-            "or export model.half() for a base in float16.",
-        )
     if wide := [n for n, p in model.named_parameters() if p.dtype not in (torch.float32,)]:
         raise ConfigError(
             f"precision={precision!r} starts from float32, and {wide[0]!r} is "

@@ -16,6 +16,18 @@ def adapter_feeds(table: AdapterTable, model: nn.Module) -> Arrays:
         AdapterMismatchError: the graph has no inputs for one of them.
     """
     if not lora_layers(model):
-        return table.empty(rank=1) if table.form == "required" else {}
+        return table.nothing()
     factors, _, what = effective_factors(model)
     return table.pack(factors, what)
+
+
+def feeds_by_case(table: AdapterTable, model: nn.Module) -> dict[str, Arrays]:
+    """What a graph is fed without an adapter and, where ``model`` has one, with it.
+
+    Returns:
+        What to add to a case's name -> the arrays.
+    """
+    found = {"": table.nothing()}
+    if lora_layers(model):
+        found[", with adapter"] = adapter_feeds(table, model)
+    return found

@@ -80,8 +80,7 @@ class AdapterSession:
         self._adapters: dict[str, Arrays] = {}
         self._values: dict[str, dict[str, Any]] = {}  # adapter -> OrtValues
         self._mixtures: dict[Hashable, dict[str, Any]] = {}  # the last few, by their weights
-        nothing = table.empty(rank=1) if table.form == "required" else {}
-        self._nothing = {name: self._value(array) for name, array in nothing.items()}
+        self._nothing = {name: self._value(array) for name, array in table.nothing().items()}
         for name, source in (adapters or {}).items():
             self.add(name, source)
 

@@ -132,6 +132,10 @@ class AdapterTable:
             for name, (shape, dtype) in self.shapes.items()
         }
 
+    def nothing(self) -> Arrays:
+        """What the graph has to be fed for the base alone."""
+        return self.empty(rank=1) if self.form == "required" else {}
+
     def to_json(self) -> str:
         """The table as text, for the metadata; says of each input which module's it is."""
         layers = {
@@ -246,7 +250,7 @@ class AdapterTable:
             NonFiniteError: a factor exceeds float16.
         """
         prefix = self.place(factors, what)
-        arrays = self.empty(rank=1) if self.form == "required" else {}
+        arrays = self.nothing()
         for name, (a, b) in factors.items():
             if (entry := self.inputs.get(prefix + name)) is None:
                 continue

@@ -21,8 +21,9 @@ from gauge_ext.export.language.causal_inputs import (
 from gauge_ext.export.language.folder import GraphOptions, Kind, export_folder, judge
 from gauge_ext.export.language.genai import genai_config
 from gauge_ext.export.language.graphs import CAUSAL
-from gauge_ext.export.language.loop import Sample, run_loop
-from gauge_ext.export.language.model_folder import ModelReport
+from gauge_ext.export.language.loop import Sample
+from gauge_ext.export.language.model_report import ModelReport
+from gauge_ext.export.precision.quantize_methods import Precision, QuantizationOptions
 from gauge_ext.export.proof.subject import Subject
 from gauge_ext.export.report import ValidationReport
 from gauge_ext.export.tolerance import Tolerance
@@ -50,6 +51,8 @@ def export_causal_lm(
     adapter_targets: str | Sequence[str] | None = None,
     adapter_form: AdapterForm = "optional",
     adapter_precision: AdapterPrecision | None = None,
+    precision: Precision = "fp32",
+    quantization: QuantizationOptions | None = None,
     opset: int = 20,
     external_data: bool | None = None,
     validate: bool = True,
@@ -87,6 +90,10 @@ def export_causal_lm(
         adapter_targets: See :func:`gauge_ext.export.export_onnx`; so are the following.
         adapter_form: "optional" or "required".
         adapter_precision: "float32", "float16", "int8", or None.
+        precision: "fp32", "fp16", "int8" or "int4": how the weights are stored. The graphs are
+            validated in float32 and quantized then; what that costs is measured in each weight, on
+            the outputs against float32, and by letting the graphs generate beside torch.
+        quantization: More about that.
         opset: Version of the operators.
         external_data: Whether the weights go into a file of their own, ``model.onnx.data``.
         validate: Whether to run the graph before the folder is put in place.
@@ -103,7 +110,8 @@ def export_causal_lm(
         TargetError: with ``mode="adapters"``, a layer is none that can take factors as inputs.
         ExportError: torch cannot translate it, its cache is of another kind, onnxruntime cannot
             load the result, or a package is missing.
-        ValidationError: onnxruntime and torch disagree.
+        ValidationError: onnxruntime and torch disagree, or fewer bits lose more than
+            ``quantization.tolerance``.
         WriteError: the folder cannot be written.
     """
     return export_folder(
@@ -111,6 +119,8 @@ def export_causal_lm(
         Path(folder),
         GraphOptions(opset, external_data, mode, adapter_targets, adapter_form, adapter_precision),
         source=None if source is None else Path(source),
+        precision=precision,
+        quantization=quantization,
         validate=validate,
         tolerance=tolerance,
         seed=seed,
@@ -162,9 +172,7 @@ def causal_kind(model: nn.Module) -> Kind:
         model=inner,
         subjects=lambda folder, seed: [_subject(folder, inner, inputs, seed)],
         axes=[inputs.dynamic_shapes],
-        whole=lambda folder, tolerance, seed: run_loop(
-            folder, CAUSAL, inner, _sample(inputs, seed), tolerance
-        ),
+        sample=lambda seed: _sample(inputs, seed),
         settings=lambda report: {
             "genai_config.json": genai_config(inner, report.inputs, report.outputs, CAUSAL)
         },

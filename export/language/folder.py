@@ -9,22 +9,20 @@ from typing import Any, Literal
 
 from torch import nn
 
-from gauge_ext.errors import ExportError
+from gauge_ext.errors import ConfigError, ExportError
 from gauge_ext.export.adapters.file import read_table
 from gauge_ext.export.adapters.table import AdapterForm, AdapterPrecision
 from gauge_ext.export.checks import require_packages
 from gauge_ext.export.disk.files import staged_folder
-from gauge_ext.export.language.model_folder import (
-    ModelReport,
-    placed,
-    report_of,
-    settle,
-    write_manifest,
-    write_settings,
-)
+from gauge_ext.export.language.fewer_bits import NO_BAR, quantize_graph
+from gauge_ext.export.language.loop import Generated, Sample, run_generation, run_loop
+from gauge_ext.export.language.model_folder import settle, write_manifest, write_settings
+from gauge_ext.export.language.model_report import ModelReport, placed, report_of
+from gauge_ext.export.precision.quantize_methods import Precision, QuantizationOptions
+from gauge_ext.export.precision.quantize_report import QuantizationReport
 from gauge_ext.export.proof.subject import Subject
 from gauge_ext.export.report import ExportReport, ValidationReport
-from gauge_ext.export.to_onnx import export_onnx
+from gauge_ext.export.to_onnx import export_onnx, require_quantizable
 from gauge_ext.export.tolerance import Tolerance
 from gauge_ext.export.validate import DisagreementError, Progress
 
@@ -40,7 +38,7 @@ class Kind:
         model: The model, without what wraps it.
         subjects: Folder and seed -> its graphs, and what they have to equal.
         axes: For each of them which axes vary.
-        whole: Folder, tolerance and seed -> the graphs in a loop against the plain model.
+        sample: Seed -> the tokens of the loop.
         settings: The first graph's report -> more files, name and what to write as JSON.
     """
 
@@ -48,8 +46,13 @@ class Kind:
     model: nn.Module
     subjects: Callable[[Path, int], Sequence[Subject]]
     axes: Sequence[Axes]
-    whole: Callable[[Path, Tolerance | None, int], ValidationReport]
+    sample: Callable[[int], Sample]
     settings: Callable[[ExportReport], dict[str, Any]]
+
+    def whole(self, folder: Path, tolerance: Tolerance | None, seed: int) -> ValidationReport:
+        """The graphs of a folder in a loop against the plain model."""
+        last = self.subjects(folder, seed)[-1].path.name
+        return run_loop(folder, last, self.model, self.sample(seed), tolerance)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def export_folder(
     options: GraphOptions,
     *,
     source: Path | None,
+    precision: Precision,
+    quantization: QuantizationOptions | None,
     validate: bool,
     tolerance: Tolerance | None,
     seed: int,
@@ -83,6 +88,8 @@ def export_folder(
         folder: The folder to write; it must not exist or be empty.
         options: Of the graphs.
         source: The folder that the model was loaded from, for its tokenizer.
+        precision: How the weights are stored.
+        quantization: More about that.
         validate: Whether to run the graphs before the folder is put in place.
         tolerance: How far onnxruntime may be from torch; by default by dtype.
         seed: Of the inputs that they run on.
@@ -90,12 +97,14 @@ def export_folder(
         progress: Called with what is being done and the share done.
 
     Raises:
+        ConfigError: the precision cannot be had for this model.
         ExportError: torch cannot translate it, a layer that is to take an adapter is in no graph,
             onnxruntime cannot load a graph, or a package is missing.
         ValidationError: onnxruntime and torch disagree.
         WriteError: the folder cannot be written.
     """
     require_packages()
+    _require_precision(kind.model, precision, quantization)
     tell = progress or (lambda what, share: None)
     with staged_folder(folder) as draft:
         subjects = kind.subjects(draft, seed)
@@ -132,15 +141,38 @@ def export_folder(
             for judged in (*found, whole):
                 if judged is not None and not judged.passed:
                     raise DisagreementError(placed(judged, folder))
-        # What the graphs did together stands in the last, which is the decoder's.
-        together = [None] * (len(reports) - 1) + [whole]
-        graphs = [
-            settle(report, draft, one, both)
-            for report, one, both in zip(reports, found, together, strict=True)
-        ]
+        lost: list[QuantizationReport | None] = [None] * len(subjects)
+        measured = None
+        generated: tuple[Generated, ...] = ()
+        if precision != "fp32":
+            tell(f"to {precision}", 0.9)
+            quantize = quantization or QuantizationOptions()
+            lost = [quantize_graph(one, folder, precision, quantize, seed) for one in subjects]
+        if validate:
+            if precision != "fp32":
+                measured = kind.whole(draft, NO_BAR, seed)
+            generated = run_generation(draft, kind.model, kind.sample(seed))
+        graphs = []
+        for index, report in enumerate(reports):
+            # What the graphs did together stands in the last, which is the decoder's.
+            last = index == len(reports) - 1
+            both, wrote = (whole, generated or None) if last else (None, None)
+            graphs.append(settle(report, draft, found[index], both, lost[index], wrote))
         write_settings(kind.model, draft, source, kind.settings(reports[0]))
         write_manifest(draft, kind.task)
-        return report_of(draft, folder, kind.task, graphs, whole)
+        return report_of(draft, folder, kind.task, graphs, whole, measured, generated)
+
+
+def _require_precision(
+    model: nn.Module, precision: Precision, options: QuantizationOptions | None
+) -> None:
+    require_quantizable(model, precision, options)
+    if precision == "int8-static":
+        raise ConfigError(
+            "precision 'int8-static' is for single graphs: the ranges of a graph with a cache "
+            "would have to come from caches like those in use.",
+            hint="Use 'int8', which looks at each input when it runs.",
+        )
 
 
 def judge(

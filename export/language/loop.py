@@ -49,6 +49,69 @@ class Sample:
     sizes: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Generated:
+    """What the graphs wrote by themselves, greedily, beside torch's choices.
+
+    Attributes:
+        name: With which adapter.
+        tokens: How many tokens they chose.
+        agreed: For how many of these torch, after the same tokens, has the same first choice.
+    """
+
+    name: str
+    tokens: int
+    agreed: int
+
+    @property
+    def top1(self) -> float:
+        """The share of choices that are torch's."""
+        return self.agreed / self.tokens
+
+
+def run_generation(
+    folder: Path, model: nn.Module, sample: Sample, length: int = 16
+) -> tuple[Generated, ...]:
+    """Lets the graphs of a folder write, and asks torch about every token of it.
+
+    Args:
+        folder: The folder.
+        model: The model, its adapters beside the weights or merged.
+        sample: Its first piece is the prompt.
+        length: How many tokens each row gets.
+    """
+    generator = OnnxGenerator(folder)
+    start = sample.pieces[0]
+    prompt, mask = sample.ids[:, :start], sample.mask[:, :start]
+    coded = generator.is_encoder_decoder
+    inputs, given = (sample.source, sample.source_mask) if coded else (prompt, mask)
+    # The plain first choice, whatever a model's settings add to it.
+    plain: dict[str, Any] = {
+        "eos_token_id": None,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+    }
+    found = []
+    for suffix, reference, adapter in variants(generator, model):
+        written = generator.generate(
+            inputs.numpy(),
+            attention_mask=None if given is None else given.numpy(),
+            decoder_input_ids=prompt.numpy() if coded else None,
+            max_new_tokens=length,
+            adapter=adapter,
+            repetition_penalty=1.0,
+            **plain,
+        )
+        ids = torch.from_numpy(written)
+        seen = torch.cat([mask, torch.ones(len(ids), length, dtype=mask.dtype)], 1)
+        with torch.no_grad():
+            logits = reference(**sample.whole(ids, seen), use_cache=False).logits
+        agreed = logits[:, start - 1 : -1].argmax(-1) == ids[:, start:]
+        name = suffix.removeprefix(", ") or "alone"
+        found.append(Generated(name, agreed.numel(), int(agreed.sum())))
+    return tuple(found)
+
+
 def run_loop(
     folder: Path, graph: str, model: nn.Module, sample: Sample, tolerance: Tolerance | None
 ) -> ValidationReport:

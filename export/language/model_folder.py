@@ -6,8 +6,8 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ from gauge_ext.export.metadata import append_metadata, summary
 from gauge_ext.export.report import ExportReport, ValidationReport
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import nn
+
+    from gauge_ext.export.language.loop import Generated
+    from gauge_ext.export.precision.quantize_report import QuantizationReport
 
 MANIFEST = "gauge_ext.json"
 # What tokenizers and processors of transformers are made of. Weights and their index stay behind.
@@ -27,56 +29,6 @@ _CARRIED = (
     *("*.model", "spm.*", "chat_template*", "preprocessor_config.json", "processor_config.json"),
     *("normalizer.json", "LICENSE*", "NOTICE*"),
 )
-
-
-@dataclass(frozen=True)
-class ModelReport:
-    """What an export of a generating model wrote.
-
-    Attributes:
-        path: The folder.
-        task: ``text-generation`` or ``seq2seq``.
-        graphs: One report for each graph, with its validation.
-        files: Every file in the folder.
-        bytes_written: Their sizes, added up.
-        whole: The graphs run as a loop, against the plain torch model; None if not validated.
-    """
-
-    path: Path
-    task: str
-    graphs: tuple[ExportReport, ...]
-    files: tuple[Path, ...]
-    bytes_written: int
-    whole: ValidationReport | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
-        return {
-            "path": str(self.path),
-            "task": self.task,
-            "files": [str(file) for file in self.files],
-            "bytes_written": self.bytes_written,
-            "graphs": [graph.to_dict() for graph in self.graphs],
-            "whole": None if self.whole is None else self.whole.to_dict(),
-        }
-
-    def to_json(self) -> str:
-        """:meth:`to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
-
-    def render(self, console: Console) -> None:
-        """Prints each graph's report, then the loop's."""
-        for graph in self.graphs:
-            graph.render(console)
-        if self.whole is not None:
-            self.whole.render(console)
-        console.print(
-            f"{self.path}: {self.task}, {len(self.files)} files, "
-            f"{self.bytes_written / 2**20:,.1f} MiB",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
 
 
 def write_settings(
@@ -115,27 +67,39 @@ def settle(
     report: ExportReport,
     draft: Path,
     validation: ValidationReport | None,
-    whole: ValidationReport | None = None,
+    whole: ValidationReport | None,
+    lost: QuantizationReport | None,
+    generated: tuple[Generated, ...] | None,
 ) -> ExportReport:
-    """Writes what validation found into a draft, and into its report.
+    """Writes what running a draft found into it, and into its report.
 
     Args:
         report: The report of a draft that was not validated as it was written.
         draft: The folder that the draft is in.
-        validation: What was found about it; None if it was not validated.
+        validation: What was found about it in float32; None if it was not validated.
         whole: What was found about it together with others.
+        lost: What fewer bits cost; None in float32. It stands in the file already.
+        generated: What it wrote together with others.
     """
-    if validation is None:
-        return report
     file = draft / report.path.name
-    said = summary(*(found for found in (validation, whole) if found is not None))
-    append_metadata(file, said)
-    size = sum((draft / part.name).stat().st_size for part in report.files)
+    said = {} if lost is None else lost.provenance
+    more = {}
+    if lost is None and validation is not None:
+        more = summary(*(found for found in (validation, whole) if found is not None))
+    if generated is not None:
+        counts = {"tokens": sum(g.tokens for g in generated)}
+        counts["agreed"] = sum(g.agreed for g in generated)
+        more["generation"] = json.dumps({**counts, "against": "torch"})
+    if more:
+        append_metadata(file, more)
+    parts = [p for p in draft.iterdir() if p == file or p.name.startswith(f"{file.name}.")]
     return replace(
         report,
-        provenance={**report.provenance, **said},
-        bytes_written=size,
+        files=tuple(sorted(parts)),
+        provenance={**report.provenance, **said, **more},
+        bytes_written=sum(part.stat().st_size for part in parts),
         validation=validation,
+        quantization=lost,
     )
 
 
@@ -162,35 +126,3 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def report_of(
-    draft: Path,
-    folder: Path,
-    task: str,
-    graphs: Iterable[ExportReport],
-    whole: ValidationReport | None,
-) -> ModelReport:
-    """The report of a finished draft, with the paths that its files will have."""
-    files = sorted(file for file in draft.iterdir() if file.is_file())
-    return ModelReport(
-        path=folder,
-        task=task,
-        graphs=tuple(
-            replace(
-                graph,
-                path=folder / graph.path.name,
-                files=tuple(folder / file.name for file in graph.files),
-                validation=None if graph.validation is None else placed(graph.validation, folder),
-            )
-            for graph in graphs
-        ),
-        files=tuple(folder / file.name for file in files),
-        bytes_written=sum(file.stat().st_size for file in files),
-        whole=None if whole is None else placed(whole, folder),
-    )
-
-
-def placed(report: ValidationReport, folder: Path) -> ValidationReport:
-    """A draft's validation with the path that the file will have."""
-    return replace(report, path=folder / report.path.name)

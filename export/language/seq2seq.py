@@ -14,9 +14,10 @@ from gauge_ext.export.language.cached import decoder_step, encoder_step
 from gauge_ext.export.language.causal_inputs import BATCH, PAST, SEQUENCE
 from gauge_ext.export.language.folder import GraphOptions, Kind, export_folder, judge
 from gauge_ext.export.language.graphs import DECODER, ENCODER
-from gauge_ext.export.language.loop import Sample, run_loop
-from gauge_ext.export.language.model_folder import ModelReport
+from gauge_ext.export.language.loop import Sample
+from gauge_ext.export.language.model_report import ModelReport
 from gauge_ext.export.language.seq2seq_inputs import SOURCE, Seq2SeqInputs
+from gauge_ext.export.precision.quantize_methods import Precision, QuantizationOptions
 from gauge_ext.export.proof.subject import Subject
 from gauge_ext.export.report import ValidationReport
 from gauge_ext.export.tolerance import Tolerance
@@ -43,6 +44,8 @@ def export_seq2seq(
     adapter_targets: str | Sequence[str] | None = None,
     adapter_form: AdapterForm = "optional",
     adapter_precision: AdapterPrecision | None = None,
+    precision: Precision = "fp32",
+    quantization: QuantizationOptions | None = None,
     opset: int = 20,
     external_data: bool | None = None,
     validate: bool = True,
@@ -74,6 +77,10 @@ def export_seq2seq(
         adapter_targets: Which layers take factors, with ``mode="adapters"``.
         adapter_form: "optional" or "required".
         adapter_precision: "float32", "float16", "int8", or None.
+        precision: "fp32", "fp16", "int8" or "int4": how the weights are stored. The graphs are
+            validated in float32 and quantized then; what that costs is measured in each weight, on
+            the outputs against float32, and by letting the graphs generate beside torch.
+        quantization: More about that.
         opset: Version of the operators.
         external_data: Whether weights go into files of their own.
         validate: Whether to run the graphs before the folder is put in place.
@@ -90,7 +97,8 @@ def export_seq2seq(
         TargetError: with ``mode="adapters"``, a layer is none that can take factors as inputs.
         ExportError: torch cannot translate it, onnxruntime cannot load a graph, or a package is
             missing.
-        ValidationError: onnxruntime and torch disagree.
+        ValidationError: onnxruntime and torch disagree, or fewer bits lose more than
+            ``quantization.tolerance``.
         WriteError: the folder cannot be written.
     """
     return export_folder(
@@ -98,6 +106,8 @@ def export_seq2seq(
         Path(folder),
         GraphOptions(opset, external_data, mode, adapter_targets, adapter_form, adapter_precision),
         source=None if source is None else Path(source),
+        precision=precision,
+        quantization=quantization,
         validate=validate,
         tolerance=tolerance,
         seed=seed,
@@ -141,9 +151,7 @@ def seq2seq_kind(model: nn.Module) -> Kind:
         model=inner,
         subjects=lambda folder, seed: _subjects(folder, inner, inputs, seed),
         axes=[inputs.encoder_shapes, inputs.decoder_shapes],
-        whole=lambda folder, tolerance, seed: run_loop(
-            folder, DECODER, inner, _sample(inputs, seed), tolerance
-        ),
+        sample=lambda seed: _sample(inputs, seed),
         settings=lambda report: {},
     )
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnx
 
     from gauge_ext.export.precision.quantize_methods import Feeds
+    from gauge_ext.export.validate import Focus
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def output_losses(
     quantized: Path,
     cases: Iterable[tuple[str, Mapping[str, int], Feeds]],
     tolerance: Tolerance | None,
+    focus: Focus | None = None,
 ) -> ValidationReport:
     """Runs both graphs on the same inputs and measures the second against the first.
 
@@ -133,6 +135,7 @@ def output_losses(
         quantized: The other.
         cases: Name, sizes and inputs of each case.
         tolerance: The bar; None: there is none, and only NaN, infinities and other shapes fail.
+        focus: See :func:`gauge_ext.export.validate_onnx`.
 
     Raises:
         ConfigError: the float32 graph refuses an input.
@@ -165,7 +168,11 @@ def output_losses(
         outputs = []
         for name, y, z in zip(names, expected, found, strict=True):
             logits = name.rpartition(".")[2].endswith("logits")
-            result = compare(name, torch.from_numpy(y), torch.from_numpy(z), bar, logits=logits)
+            left, right = torch.from_numpy(y), torch.from_numpy(z)
+            if focus is not None and left.shape == right.shape:
+                given = {key: torch.from_numpy(np.asarray(array)) for key, array in feeds.items()}
+                left, right = focus(name, left, given), focus(name, right, given)
+            result = compare(name, left, right, bar, logits=logits)
             if tolerance is None and not math.isnan(result.max_abs):
                 # Without a bar only what is no number at all fails, and integers that differ.
                 odd = result.reason is not None and not result.reason.startswith("max abs")

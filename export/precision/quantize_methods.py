@@ -1,24 +1,23 @@
 """The four ways to store weights in fewer bits, each by onnxruntime's own tools.
 
-They work on graphs whose weights are constants of MatMul. Our graphs keep a layer's weight in
-torch's layout, behind a Transpose; that is folded first, so the quantized weight lies as
-``(in, out)`` under the name of the parameter.
+They work on graphs whose weights are constants of MatMul; :mod:`linear_form` brings ours there.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 from numpy.typing import NDArray
 
 from gauge_ext.errors import ConfigError, ExportError, NonFiniteError
+from gauge_ext.export.precision.adapter_nodes import adapter_nodes
+from gauge_ext.export.precision.fp16 import to_fp16
+from gauge_ext.export.precision.linear_form import fold_transposes, unfold_gemms
 from gauge_ext.export.tolerance import Tolerance
 
 if TYPE_CHECKING:
@@ -29,31 +28,6 @@ Feeds = Mapping[str, NDArray[Any]]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _LIMIT = 2**31 - 2**20  # onnxruntime's int8 quantizer serializes the model, and protobuf ends there
-_FP16_MAX = 65504.0
-
-# Sums over many entries and powers leave float16's range or lose its eleven bits: norms, softmax
-# and the like stay in float32, beside what onnxruntime has no float16 for.
-KEPT_IN_FLOAT32 = (
-    "LayerNormalization",
-    "SimplifiedLayerNormalization",
-    "SkipLayerNormalization",
-    "RMSNormalization",
-    "GroupNormalization",
-    "InstanceNormalization",
-    "LpNormalization",
-    "Softmax",
-    "LogSoftmax",
-    "Pow",
-    "Exp",
-    "Log",
-    "ReduceMean",
-    "ReduceSum",
-    "ReduceSumSquare",
-    "ReduceL1",
-    "ReduceL2",
-    "ReduceLogSumExp",
-    "ReduceProd",
-)
 
 
 @dataclass(frozen=True)
@@ -112,82 +86,6 @@ def prepare(model: onnx.ModelProto, precision: Precision) -> None:
         unfold_gemms(model)
 
 
-def fold_transposes(model: onnx.ModelProto) -> None:
-    """Replaces ``Transpose(weight)`` by the transposed weight.
-
-    It has the same name where nothing else uses the weight, else the suffix ``.transposed``.
-    """
-    import onnx
-
-    graph = model.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    inputs = {value.name for value in graph.input}
-    uses = Counter(name for node in graph.node for name in node.input)
-    renamed: dict[str, str] = {}
-    for node in list(graph.node):
-        name = node.input[0] if node.input else ""
-        if node.op_type != "Transpose" or name not in weights or name in inputs:
-            continue
-        order = [list(a.ints) for a in node.attribute if a.name == "perm"]
-        array = np.ascontiguousarray(
-            np.transpose(onnx.numpy_helper.to_array(weights[name]), *order)
-        )
-        alone = uses[name] == 1
-        folded = onnx.numpy_helper.from_array(array, name if alone else f"{name}.transposed")
-        if alone:
-            weights[name].CopyFrom(folded)
-        elif folded.name not in weights:
-            graph.initializer.append(folded)
-            weights[folded.name] = graph.initializer[-1]
-        renamed[node.output[0]] = folded.name
-        graph.node.remove(node)
-    for node in graph.node:
-        for index, name in enumerate(node.input):
-            node.input[index] = renamed.get(name, name)
-    _forget(model, {*renamed, *renamed.values()})
-
-
-def unfold_gemms(model: onnx.ModelProto) -> None:
-    """Writes a Gemm of a weight as MatMul and Add, which the methods know."""
-    import onnx
-
-    graph = model.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    inputs = {value.name for value in graph.input}
-    uses = Counter(name for node in graph.node for name in node.input)
-    nodes = []
-    turned = set()
-    for node in graph.node:
-        said = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        name = node.input[1] if node.op_type == "Gemm" else ""
-        plain = said.get("alpha", 1.0) == said.get("beta", 1.0) == 1.0 and not said.get("transA")
-        turn = bool(said.get("transB"))
-        if name not in weights or name in inputs or not plain or (turn and uses[name] > 1):
-            nodes.append(node)
-            continue
-        if turn:
-            array = np.ascontiguousarray(onnx.numpy_helper.to_array(weights[name]).T)
-            weights[name].CopyFrom(onnx.numpy_helper.from_array(array, name))
-            turned.add(name)
-        product = f"{node.output[0]}.product" if len(node.input) > 2 else node.output[0]
-        matmul = onnx.helper.make_node("MatMul", node.input[:2], [product], name=node.name)
-        nodes.append(matmul)
-        if len(node.input) > 2:
-            add = [product, node.input[2]]
-            nodes.append(onnx.helper.make_node("Add", add, node.output, name=f"{node.name}.bias"))
-    del graph.node[:]
-    graph.node.extend(nodes)
-    _forget(model, turned)
-
-
-def _forget(model: onnx.ModelProto, names: set[str]) -> None:
-    """Drops notes on the shapes of weights that were turned, and of values that are gone."""
-    graph = model.graph
-    noted = [value for value in graph.value_info if value.name not in names]
-    del graph.value_info[:]
-    graph.value_info.extend(noted)
-
-
 def convert(
     model: onnx.ModelProto, target: Path, precision: Precision, options: QuantizationOptions
 ) -> Any:
@@ -206,7 +104,7 @@ def convert(
     try:
         with _quiet():
             if precision == "fp16":
-                return _to_fp16(model, options)
+                return to_fp16(model, set(_excluded(model, options)), options.keep)
             if precision == "int4":
                 return _to_int4(model, options)
             return _to_int8(model, target, options, static=precision == "int8-static")
@@ -217,37 +115,6 @@ def convert(
             f"onnxruntime's tools cannot bring this graph to {precision}: "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _to_fp16(model: onnx.ModelProto, options: QuantizationOptions) -> Any:
-    import onnx
-    from onnxruntime.transformers.float16 import (
-        DEFAULT_OP_BLOCK_LIST,
-        convert_float_to_float16,
-    )
-
-    excluded = set(_excluded(model, options))
-    used = {i for n in model.graph.node if n.name not in excluded for i in n.input}
-    for tensor in model.graph.initializer:
-        matrix = tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1
-        if matrix and tensor.name in used:
-            peak = float(np.abs(onnx.numpy_helper.to_array(tensor)).max(initial=0.0))
-            # Masks are constants of -3e38, for which -65504 does as well.
-            if _FP16_MAX < peak < 1e30:
-                raise NonFiniteError(
-                    f"{tensor.name} has an entry of size {peak:.3g}, beyond the range of float16.",
-                    hint=f"Leave it in float32: keep=[{tensor.name!r}].",
-                )
-    kinds = {node.op_type for node in model.graph.node}
-    kept = [kind for kind in (*KEPT_IN_FLOAT32, *options.keep) if kind in kinds]
-    half = convert_float_to_float16(
-        model,
-        keep_io_types=True,
-        op_block_list=[*DEFAULT_OP_BLOCK_LIST, *kept],
-        node_block_list=sorted(excluded),
-    )
-    del half.graph.value_info[:]  # some say float32 of what is float16 now
-    return half
 
 
 def _to_int4(model: onnx.ModelProto, options: QuantizationOptions) -> Any:
@@ -310,18 +177,14 @@ def _to_int8(
 
 
 def _excluded(model: onnx.ModelProto, options: QuantizationOptions) -> list[str]:
-    """Names of the nodes to leave alone; nodes get a name where torch gave them none.
-
-    Those that take the factors of an adapter are among them: what comes in has no bits to spare.
-    """
-    given = {value.name for value in model.graph.input}
-    defaults = {tensor.name for tensor in model.graph.initializer if tensor.name in given}
+    """Names of the nodes to leave alone; nodes get a name where torch gave them none."""
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{index}"
+    factors = adapter_nodes(model)
     return [
         node.name
         for node in model.graph.node
-        if {node.name, node.op_type, *node.input}.intersection({*options.keep, *defaults})
+        if node.name in factors or {node.name, node.op_type, *node.input}.intersection(options.keep)
     ]
 
 

@@ -173,7 +173,6 @@ def export(
     loaded = load_adapted(base, adapter, architecture, bare=chosen is not None)
     if not single and (task is not Task.AUTO or kind_of(loaded.model) is not None):
         only_for_single = {
-            "--precision": stored != "fp32",
             "--batch": batch is not None,
             "--sequence": sequence is not None,
             "--static": not dynamic,
@@ -195,6 +194,8 @@ def export(
             adapter_targets=chosen,
             adapter_form=adapter_form.value,
             adapter_precision=None if adapter_precision is None else adapter_precision.value,
+            precision=stored,
+            quantization=quantization,
             opset=opset,
             external_data=external_data,
             validate=validate,

@@ -138,6 +138,26 @@ def test_adapters_as_inputs(
     assert sum(name.endswith("with adapter") for name in cases) * 2 == len(cases)
 
 
+def test_in_fewer_bits(
+    llama_source: tuple[Path, Path], run: Run, fails: Fails, tmp_path: Path
+) -> None:
+    base, adapter = llama_source
+    out = tmp_path / "onnx"
+    arguments = ("export", base, "--adapter", adapter, "--out", out, "--precision", "int8")
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    (graph,) = found["graphs"]
+    assert graph["quantization"]["precision"] == "int8"
+    assert graph["quantization"]["weights"] > 5
+    assert found["whole"]["passed"] is True
+    (written,) = found["generated"]
+    assert written["agreed"] / written["tokens"] == written["top1"] > 0.7
+    said = run("provenance", out, "--base", base, "--adapter", adapter, "--json")
+    assert said.exit_code == 0, said.output
+    assert json.loads(said.stdout)["graphs"]["model.onnx"]["precision"] == "int8"
+
+
 def test_validate_a_folder(
     exported: Path, llama_source: tuple[Path, Path], run: Run, fails: Fails, tmp_path: Path
 ) -> None:
@@ -205,6 +225,7 @@ def test_which_task_it_is(
     arguments = ("export", base, "--adapter", adapter, "--out", tmp_path / "out")
     said = fails("BASE", *arguments, "--task", "seq2seq")
     assert "decoder_input_ids" in said
-    fails("--precision", *arguments, "--precision", "int8")
+    said = fails("--calibration", *arguments, "--precision", "int8-static")
+    assert "none are given" in said
     said = fails("--batch", *arguments, "--batch", 3)
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import gauge_ext
 from gauge_ext.export import export_causal_lm
-from gauge_ext.export.language.model_folder import ModelReport
+from gauge_ext.export.language.model_report import ModelReport
 
 
 class TwoInputs(nn.Module):

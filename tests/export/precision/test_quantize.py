@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+import gauge_ext
 from gauge_ext.errors import ConfigError, NonFiniteError, ValidationError
 from gauge_ext.export import (
+    AdapterSession,
     QuantizationLossError,
     QuantizationOptions,
     Tolerance,
@@ -264,9 +266,20 @@ def test_what_a_float32_file_says_is_not_carried_over(tmp_path):
     assert said == before | {"precision": "int8"}
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_quantized_base_with_adapter_inputs(precision, adapted, tmp_path):
-    model = adapted(Tokens(), target_modules=["up"])
+@pytest.mark.parametrize(
+    ("precision", "form", "factors"),
+    [
+        ("int8", "optional", "float32"),
+        ("int4", "required", "float32"),
+        ("fp16", "optional", "float32"),
+        ("fp16", "required", "int8"),
+        ("fp16", "optional", "float16"),
+        ("int8-static", "optional", "float32"),
+        ("int8-static", "required", "float16"),
+    ],
+)
+def test_a_quantized_base_with_adapter_inputs(precision, form, factors, adapted, tmp_path):
+    model = adapted(Tokens(), target_modules=["up", "pooled"])
     path = tmp_path / "m.onnx"
     report = export_onnx(
         model,
@@ -274,24 +287,50 @@ def test_a_quantized_base_with_adapter_inputs(precision, adapted, tmp_path):
         path,
         dynamic_shapes=({0: "batch", 1: "steps"},),
         mode="adapters",
+        adapter_form=form,
+        adapter_precision=factors,
         precision=precision,
+        quantization=CALIBRATION if precision == "int8-static" else None,
         random_cases=0,
     )
     assert "up.weight" in {layer.name for layer in report.quantization.layers}
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options)
-    layer = model.up
-    factors = {
-        "up.lora_A": layer.lora_A.detach().numpy().T,
-        "up.lora_B": layer.scaling * layer.lora_B.detach().numpy().T,
-    }
-    factors = {name: np.ascontiguousarray(array) for name, array in factors.items()}
+    # The loss is measured without an adapter and with it.
+    names = [case.name for case in report.quantization.cases]
+    assert {"example", "example, with adapter"} <= set(names)
+    assert report.quantization.passed
+    stored = onnx.load(path)
+    inputs = {value.name: value.type.tensor_type.elem_type for value in stored.graph.input}
+    assert inputs["up.lora_A"] == getattr(
+        onnx.TensorProto, {"float32": "FLOAT"}.get(factors, factors.upper())
+    )
+    defaults = {t.name: list(t.dims) for t in stored.graph.initializer if t.name in inputs}
+    assert (form == "optional") == ("up.lora_A" in defaults)
+    if form == "optional":
+        assert defaults["up.lora_A"] == [WIDTH, 0]
+
+    session = AdapterSession(path)
+    arrays = {}
+    for name in ("up", "pooled"):
+        layer = getattr(model, name)
+        a = layer.lora_A.detach().numpy().T
+        b = layer.scaling * layer.lora_B.detach().numpy().T
+        for key, matrix, axis in ((f"{name}.lora_A", a, 0), (f"{name}.lora_B", b, 1)):
+            if factors == "int8":
+                scale = np.abs(matrix).max(axis=axis) / 127
+                arrays[f"{key}.scale"] = scale.astype(np.float32)
+                matrix = np.rint(matrix / np.expand_dims(scale, axis))
+            arrays[key] = np.ascontiguousarray(matrix.astype(factors))
+    session.add("a", arrays)
     case = feeds(6)
     with torch.no_grad():
         expected = model(torch.from_numpy(case["ids"]))["pooled"].numpy()
-    base, found = session.run(["pooled"], case)[0], session.run(["pooled"], case | factors)[0]
-    assert np.abs(found - expected).max() < 0.3 * np.abs(base - expected).max()
+        plain = gauge_ext.detach(copy.deepcopy(model))(torch.from_numpy(case["ids"]))["pooled"]
+    base, found = session.run(case)["pooled"], session.run(case, "a")["pooled"]
+    update = np.abs(plain.numpy() - expected).max()
+    assert update > 0.5
+    bar = 0.02 if precision == "fp16" else 0.3
+    assert np.abs(base - plain.numpy()).max() < bar * update
+    assert np.abs(found - expected).max() < bar * update
 
 
 class TestRefusals:
@@ -320,7 +359,6 @@ class TestRefusals:
 
     def test_modes_dtypes_and_options_that_do_not_go_together(self, mlp, tmp_path):
         for model, options, match in (
-            (mlp, {"precision": "fp16", "mode": "adapters"}, r"model\.half\(\)"),
             (mlp, {"quantization": QuantizationOptions()}, "precision is 'fp32'"),
             (copy.deepcopy(mlp).double(), {"precision": "int8"}, "float64"),
         ):
