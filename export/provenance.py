@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gauge_ext.errors import ConfigError
+from gauge_ext.export.adapters.file import adapter_number
+from gauge_ext.export.adapters.read import SUFFIX, TENSORS, read_origin
 from gauge_ext.export.checks import require_packages
-from gauge_ext.export.language.model_folder import MANIFEST, file_sha256
+from gauge_ext.export.language.model_folder import MANIFEST, file_sha256, origin_of
 from gauge_ext.export.metadata import PREFIX, base_sha256
 
 if TYPE_CHECKING:
     from torch import nn
 
-_REST = ("parameters", "dynamic_dims", "adapted_layers", "validation", "generation")  # JSON in JSON
+# JSON in JSON
+_REST = frozenset(
+    {
+        *("parameters", "dynamic_dims", "adapted_layers", "validation", "generation"),
+        *("adapter_inputs", "gauges", "loss"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,8 @@ class Check:
     """One claim of a file.
 
     Attributes:
-        what: What was checked: ``base_sha256``, ``adapter_sha256``, or a file of the manifest.
+        what: What was checked: ``base_sha256``, ``adapter_sha256``, ``adapter_number``, a file of
+            the manifest, or what the manifest says of a graph.
         claimed: What the file says; None where it says nothing.
         found: What is so; None where the file is missing.
     """
@@ -45,7 +54,7 @@ class Provenance:
 
     Attributes:
         path: The file or folder.
-        graphs: Name of each graph -> its metadata, keys without prefix.
+        graphs: Name of each graph, or of an adapter's file -> what it says, keys without prefix.
         checks: What was compared.
     """
 
@@ -77,24 +86,28 @@ def read_provenance(path: str | Path) -> Provenance:
     """Reads the metadata of a file, or of each graph of a folder, whose manifest is checked too.
 
     Args:
-        path: An ONNX file, or a folder with a ``gauge_ext.json``.
+        path: An ONNX file, an adapter's file for a graph (``.onnx_adapter``, ``.safetensors``), or
+            a folder with a ``gauge_ext.json``.
 
     Returns:
-        What they say. ``checks`` compares the manifest with the folder's files; it is empty for a
-        single file.
+        What they say. ``checks`` compares the manifest with the folder's files and with what its
+        graphs say; it is empty for a single file.
 
     Raises:
         ConfigError: there is no such file, it is no ONNX file, or nothing in it is from gauge_ext.
     """
     path = Path(path)
     if path.is_file():
-        return Provenance(path, {path.name: _metadata(path)}, ())
+        adapter = path.suffix in {SUFFIX, TENSORS}
+        said = read_origin(path) if adapter else _metadata(path)
+        return Provenance(path, {path.name: said}, ())
     if not path.is_dir():
         raise ConfigError(f"there is no file or folder {path}.", hint="Give an exported file.")
     manifest = path / MANIFEST
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        claims = {str(name): str(entry["sha256"]) for name, entry in files.items()}
+        written = json.loads(manifest.read_text(encoding="utf-8"))
+        claims = {str(name): str(entry["sha256"]) for name, entry in written["files"].items()}
+        origins = {str(name): dict(said) for name, said in written["graphs"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} has no {MANIFEST} that can be read: {error}.",
@@ -107,7 +120,13 @@ def read_provenance(path: str | Path) -> Provenance:
         file = path / name
         checks.append(Check(name, claimed, file_sha256(file) if file.is_file() else None))
     names = sorted(name for name in claims if name.endswith(".onnx") and (path / name).is_file())
-    return Provenance(path, {name: _metadata(path / name) for name in names}, tuple(checks))
+    graphs = {name: _metadata(path / name) for name in names}
+    for name, origin in origins.items():
+        found = origin_of(graphs[name]) if name in graphs else {}
+        checks += [
+            Check(f"{key} of {name}", str(claim), found.get(key)) for key, claim in origin.items()
+        ]
+    return Provenance(path, graphs, tuple(checks))
 
 
 def check_provenance(
@@ -130,6 +149,12 @@ def check_provenance(
         ("adapter_sha256", adapter_sha256),
     ):
         if found is None:
+            continue
+        # Of an .onnx_adapter only a number is known.
+        short = {g: t for g, t in said.graphs.items() if "adapter_number" in t}
+        if name == "adapter_sha256" and short:
+            number = str(adapter_number(found))
+            checks += [Check("adapter_number", t["adapter_number"], number) for t in short.values()]
             continue
         checks += [
             Check(name if len(said.graphs) == 1 else f"{name} of {graph}", text.get(name), found)

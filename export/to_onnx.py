@@ -14,7 +14,8 @@ from torch import nn
 
 from gauge_ext.errors import ConfigError, ExportError
 from gauge_ext.export.adapters.feeds import feeds_by_case
-from gauge_ext.export.adapters.graph import open_inputs, open_layers, require_choice
+from gauge_ext.export.adapters.graph import open_inputs, require_choice
+from gauge_ext.export.adapters.layers import open_layers
 from gauge_ext.export.adapters.table import (
     AdapterForm,
     AdapterPrecision,

@@ -1,6 +1,7 @@
 """Graphs whose linear layers take the factors of an adapter as inputs, and what feeds them.
 
-:mod:`graph` makes such a graph and :mod:`table` says which inputs belong to which layer.
-:mod:`file` writes adapters that fit it, :mod:`read` reads them from wherever they lie, :mod:`mix`
-adds several up, :mod:`session` runs them. :mod:`feeds` and :mod:`validate` prove such a graph.
+:mod:`layers` and :mod:`graph` make such a graph and :mod:`table` says which inputs belong to which
+layer. :mod:`file` writes adapters that fit it, in the gauge that :mod:`gauges` chooses, :mod:`read`
+reads them from wherever they lie, :mod:`mix` adds several up, :mod:`session` runs them.
+:mod:`feeds` and :mod:`validate` prove such a graph.
 """

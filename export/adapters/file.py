@@ -10,17 +10,18 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gauge_ext._version import __version__
 from gauge_ext.errors import AdapterMismatchError, ConfigError
-from gauge_ext.export.adapters.read import SUFFIX, TENSORS, VERSION_KEY
-from gauge_ext.export.adapters.table import AdapterTable, Arrays, decode, encode
+from gauge_ext.export.adapters.gauges import GAUGES, AdapterGauge, Factors, choose_gauge
+from gauge_ext.export.adapters.read import PREFIX, SUFFIX, TENSORS, VERSION_KEY
+from gauge_ext.export.adapters.table import AdapterTable, Arrays
 from gauge_ext.export.checks import require_packages
 from gauge_ext.export.disk.files import require_space, staged_files, write_errors
 
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gauge_ext.checkpoint import AdapterCheckpoint
-
-Factors = dict[str, tuple[NDArray[Any], NDArray[Any]]]  # lora_A (r, in), scaling * lora_B (out, r)
-AdapterGauge = Literal["auto", "trained", "balanced", "equal_energy"]
-GAUGES: tuple[AdapterGauge, ...] = get_args(AdapterGauge)
 
 
 @dataclass(frozen=True)
@@ -104,6 +101,11 @@ def write_onnx_adapter(
 ) -> AdapterFileReport:
     """Writes an adapter as the file that fits a graph exported with ``mode="adapters"``.
 
+    The ``.safetensors`` form says where it came from: the hashes of adapter and base, precision,
+    gauge of each layer, and what every gauge that was measured would have lost. An
+    ``.onnx_adapter`` has room for two numbers, of the adapter and of the graph. ``gauge-ext
+    provenance`` reads both.
+
     Names, layout, precision and scaling (alpha / r, or alpha / sqrt(r) with rsLoRA, with
     ``alpha_pattern`` and ``rank_pattern``) become those of the graph. Layers of the graph that the
     adapter does not have stay the base's.
@@ -147,16 +149,13 @@ def write_onnx_adapter(
             f"{what} has no factors for {Path(graph).name}: its layers are all in another graph.",
             hint="Write it for the other graph of the folder; this one needs no file.",
         )
-    factors, gauges, losses = _choose(factors, table, gauge)
+    factors, gauges, losses = choose_gauge(factors, table, gauge)
     arrays = table.pack(factors, what)
     require_space(target, sum(array.nbytes for array in arrays.values()))
-    with staged_files(target) as folder, write_errors(target):
-        _write(folder / target.name, arrays, table, digest)
-        size = (folder / target.name).stat().st_size
     named = {name: prefix + name for name in factors}
-    return AdapterFileReport(
+    report = AdapterFileReport(
         path=target,
-        bytes_written=size,
+        bytes_written=0,
         precision=table.precision,
         ranks={named[name]: a.shape[0] for name, (a, _) in factors.items()},
         gauges={named[name]: found for name, found in gauges.items()},
@@ -164,6 +163,10 @@ def write_onnx_adapter(
         missing=tuple(name for name in table.inputs if name not in named.values()),
         adapter_sha256=digest,
     )
+    with staged_files(target) as folder, write_errors(target):
+        _write(folder / target.name, arrays, table, report, gauge)
+        size = (folder / target.name).stat().st_size
+    return replace(report, bytes_written=size)
 
 
 def read_table(graph: Path) -> AdapterTable:
@@ -257,79 +260,39 @@ def _scaled(lora_A: Any, lora_B: Any, scaling: float) -> tuple[NDArray[Any], NDA
     return a.astype(wide), b.astype(wide)
 
 
-def _choose(
-    factors: Factors, table: AdapterTable, gauge: AdapterGauge
-) -> tuple[Factors, dict[str, str], dict[str, dict[str, float]]]:
-    """The factors in the gauge asked for, or in the best of all; what each gauge would lose."""
-    names: list[str] = [g for g in GAUGES if g != "auto"] if gauge == "auto" else [gauge]
-    candidates = {name: _in_gauge(factors, name) for name in names}
-    losses = {
-        name: {module: _loss(factors[module], pair, table) for module, pair in candidate.items()}
-        for name, candidate in candidates.items()
-    }
-    chosen = {m: min(names, key=lambda name: losses[name][m]) for m in factors}
-    return {m: candidates[g][m] for m, g in chosen.items()}, chosen, losses
-
-
-def _in_gauge(factors: Factors, gauge: str) -> Factors:
-    if gauge == "trained":
-        return factors
-    import torch
-
-    from gauge_ext.geometry import LoRAPoint, to_gauge
-
-    changed = {}
-    for name, (a, b) in factors.items():
-        point = LoRAPoint(torch.from_numpy(b).double(), torch.from_numpy(a).double())
-        moved = to_gauge(point, gauge).point  # type: ignore[arg-type]
-        changed[name] = (moved.A.numpy(), moved.B.numpy())
-    return changed
-
-
-def _loss(
-    exact: tuple[NDArray[Any], NDArray[Any]],
-    pair: tuple[NDArray[Any], NDArray[Any]],
-    table: AdapterTable,
-) -> float:
-    """``||B' A' - B A|| / ||B A||`` without forming a product of (out, in)."""
-    a, b = (matrix.astype(np.float64) for matrix in exact)
-    a2 = decode(*encode(pair[0].T, table.precision, 1), 1).T
-    b2 = decode(*encode(pair[1].T, table.precision, 0), 0).T
-    if not (np.isfinite(a2).all() and np.isfinite(b2).all()):
-        return float("inf")  # beyond float16
-    error = _norm(np.concatenate((b2, -b), axis=1), np.concatenate((a2, a)))
-    norm = _norm(b, a)
-    return error / norm if norm > 0.0 else 0.0
-
-
 def _finite(loss: float) -> float | None:
     """JSON has no infinity, which is what a gauge beyond float16 loses."""
     return loss if math.isfinite(loss) else None
 
 
-def _norm(b: NDArray[np.float64], a: NDArray[np.float64]) -> float:
-    """The Frobenius norm of b a, by the triangular factors of both."""
-    left, right = np.linalg.qr(b)[1], np.linalg.qr(a.T)[1]
-    return float(np.linalg.norm(left @ right.T))
+def adapter_number(digest: str) -> int:
+    """31 bits of an adapter's SHA-256: an ``.onnx_adapter`` file has room for one number of it."""
+    return int(digest[:8], 16) >> 1
 
 
-def _write(file: Path, arrays: Arrays, table: AdapterTable, digest: str) -> None:
+def _write(
+    file: Path, arrays: Arrays, table: AdapterTable, report: AdapterFileReport, gauge: AdapterGauge
+) -> None:
     if file.suffix == TENSORS:
         import safetensors.numpy
 
-        said: Mapping[str, str] = {
+        said = {
             "format": "np",
-            "gauge_ext.version": __version__,
-            "gauge_ext.adapter_sha256": digest,
-            "gauge_ext.base_sha256": table.base,
+            f"{PREFIX}version": __version__,
+            f"{PREFIX}adapter_sha256": report.adapter_sha256,
+            f"{PREFIX}base_sha256": table.base,
             VERSION_KEY: str(table.version),
+            f"{PREFIX}precision": table.precision,
+            f"{PREFIX}gauge": gauge,
+            f"{PREFIX}gauges": json.dumps(report.gauges),
+            f"{PREFIX}loss": json.dumps(report.to_dict()["loss_by_gauge"]),
         }
-        file.write_bytes(safetensors.numpy.save(arrays, metadata=dict(said)))
+        file.write_bytes(safetensors.numpy.save(arrays, metadata=said))
         return
     import onnxruntime
 
     adapter = onnxruntime.AdapterFormat()
-    adapter.set_adapter_version(1)
+    adapter.set_adapter_version(adapter_number(report.adapter_sha256))
     adapter.set_model_version(table.version)
     values = {
         name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()

@@ -13,7 +13,8 @@ from gauge_ext.export.adapters.table import AdapterTable, Arrays
 
 SUFFIX = ".onnx_adapter"
 TENSORS = ".safetensors"
-VERSION_KEY = "gauge_ext.graph_version"
+PREFIX = "gauge_ext."  # of what a file says about itself
+VERSION_KEY = f"{PREFIX}graph_version"
 
 
 def read_arrays(
@@ -45,9 +46,10 @@ def read_arrays(
             factors, _, name = effective_factors(path)
             arrays, version = table.pack(factors, name), table.version
         elif path.suffix == SUFFIX:
-            arrays, version = _read_onnx_adapter(path)
+            arrays, version, _ = _read_onnx_adapter(path)
         elif path.suffix == TENSORS:
-            arrays, version = _read_safetensors(path)
+            arrays, said = _read_safetensors(path)
+            version = int(said[VERSION_KEY])
         else:
             raise AdapterFormatError(
                 f"{what}: {path} must be a folder in PEFT's format or a file that ends in "
@@ -67,14 +69,27 @@ def read_arrays(
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def _read_onnx_adapter(path: Path) -> tuple[Arrays, int]:
+def read_origin(path: Path) -> dict[str, str]:
+    """What an adapter's file for a graph says about itself, keys without prefix.
+
+    Raises:
+        AdapterFormatError: it is damaged, or was not written for a graph.
+    """
+    if path.suffix == TENSORS:
+        said = _read_safetensors(path)[1]
+        return {k.removeprefix(PREFIX): v for k, v in said.items() if k.startswith(PREFIX)}
+    _, version, number = _read_onnx_adapter(path)
+    return {"adapter_number": str(number), "graph_version": str(version)}
+
+
+def _read_onnx_adapter(path: Path) -> tuple[Arrays, int, int]:
     import onnxruntime
 
     try:
         file = onnxruntime.AdapterFormat.read_adapter(str(path))
         # A copy: the arrays are views of memory that the file's object owns.
         arrays = {name: value.numpy().copy() for name, value in file.get_parameters().items()}
-        return arrays, int(file.get_model_version())
+        return arrays, int(file.get_model_version()), int(file.get_adapter_version())
     except Exception as error:  # onnxruntime's exceptions have no other common base
         raise AdapterFormatError(
             f"{path} is damaged or no adapter of onnxruntime: {str(error).strip()}",
@@ -82,7 +97,7 @@ def _read_onnx_adapter(path: Path) -> tuple[Arrays, int]:
         ) from error
 
 
-def _read_safetensors(path: Path) -> tuple[Arrays, int]:
+def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, str]]:
     import safetensors
 
     try:
@@ -96,4 +111,4 @@ def _read_safetensors(path: Path) -> tuple[Arrays, int]:
             f"{path} was not written for a graph.",
             hint="Give the adapter's folder, or write it for this graph: gauge-ext onnx-adapter.",
         )
-    return arrays, int(said[VERSION_KEY])
+    return arrays, said

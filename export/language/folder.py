@@ -159,7 +159,7 @@ def export_folder(
             both, wrote = (whole, generated or None) if last else (None, None)
             graphs.append(settle(report, draft, found[index], both, lost[index], wrote))
         write_settings(kind.model, draft, source, kind.settings(reports[0]))
-        write_manifest(draft, kind.task)
+        write_manifest(draft, kind.task, graphs)
         return report_of(draft, folder, kind.task, graphs, whole, measured, generated)
 
 

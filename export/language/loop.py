@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext.export.adapters.feeds import adapter_feeds
-from gauge_ext.export.adapters.graph import bare_copy
+from gauge_ext.export.adapters.layers import bare_copy
 from gauge_ext.export.adapters.validate import as_fed
 from gauge_ext.export.compare import compare
 from gauge_ext.export.language.generate import OnnxGenerator

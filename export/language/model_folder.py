@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,8 +103,8 @@ def settle(
     )
 
 
-def write_manifest(draft: Path, task: str) -> None:
-    """Writes the hash of every file in a folder into its ``gauge_ext.json``.
+def write_manifest(draft: Path, task: str, graphs: Iterable[ExportReport]) -> None:
+    """Writes a folder's ``gauge_ext.json``: the hash of every file, and the origin of each graph.
 
     Raises:
         WriteError: it cannot be written.
@@ -118,8 +118,15 @@ def write_manifest(draft: Path, task: str) -> None:
                 file.name: {"sha256": file_sha256(file), "bytes": file.stat().st_size}
                 for file in files
             },
+            "graphs": {graph.path.name: origin_of(graph.provenance) for graph in graphs},
         }
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def origin_of(said: Mapping[str, str]) -> dict[str, str]:
+    """What a manifest repeats of a graph's metadata: its precision, its base and its adapter."""
+    origin = {"precision": said.get("precision", "fp32")}
+    return origin | {key: said[key] for key in ("base_sha256", "adapter_sha256") if key in said}
 
 
 def file_sha256(path: Path) -> str:

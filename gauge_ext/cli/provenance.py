@@ -25,7 +25,8 @@ def provenance(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="An exported ONNX file, or the folder of a model that generates.",
+            help="An exported ONNX file, an adapter's file for one (.onnx_adapter, .safetensors), "
+            "or the folder of a model that generates.",
             show_default=False,
         ),
     ],
@@ -47,8 +48,9 @@ def provenance(
 ) -> None:
     """Show where an exported file came from, and check it against given files.
 
-    For a folder, every file is compared with the manifest, gauge_ext.json. Exits with status 1 when
-    something is not what the file says.
+    For a folder, every file, and what each graph says of its precision, base and adapter, is
+    compared with the manifest, gauge_ext.json. Exits with status 1 when something is not what the
+    file says.
     """
     with working("reading"):
         from gauge_ext.export.provenance import check_provenance, read_provenance
@@ -75,7 +77,7 @@ def provenance(
         option = "FILE"
         if wrong[0].what.startswith("base_sha256"):
             option = "--base"
-        elif wrong[0].what.startswith("adapter_sha256"):
+        elif wrong[0].what.startswith(("adapter_sha256", "adapter_number")):
             option = "--adapter"
         raise OptionError(
             option,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 
@@ -14,8 +15,8 @@ from torch import nn
 
 from gauge_ext.checkpoint import adapter_sha256
 from gauge_ext.errors import ConfigError
-from gauge_ext.export import export_onnx
-from gauge_ext.export.metadata import append_metadata
+from gauge_ext.export import export_onnx, write_onnx_adapter
+from gauge_ext.export.metadata import append_metadata, base_sha256
 from gauge_ext.export.provenance import check_provenance, read_provenance
 
 
@@ -80,7 +81,14 @@ def test_a_folder_and_its_manifest(exported_llama, tmp_path):
     model, folder, report = exported_llama
     found = read_provenance(folder)
     names = {file.name for file in folder.iterdir()}
-    assert {check.what for check in found.checks} == names - {"gauge_ext.json"}
+    origin = {f"{key} of model.onnx" for key in ("precision", "base_sha256", "adapter_sha256")}
+    assert {check.what for check in found.checks} == names - {"gauge_ext.json"} | origin
+    said = json.loads((folder / "gauge_ext.json").read_text())["graphs"]
+    assert said["model.onnx"] == {
+        "precision": "fp32",
+        "base_sha256": base_sha256(build("llama")),
+        "adapter_sha256": adapter_sha256(model),
+    }
     assert found.passed
     assert json.loads(found.graphs["model.onnx"]["validation"])["cases"] == 7
     assert found.graphs["model.onnx"]["base_sha256"] == report.graphs[0].provenance["base_sha256"]
@@ -93,12 +101,52 @@ def test_a_folder_and_its_manifest(exported_llama, tmp_path):
     (damaged / "generation_config.json").unlink()
     wrong = [check for check in read_provenance(damaged).checks if not check.passed]
     assert {check.what for check in wrong} == {"config.json", "generation_config.json"}
-    (damaged / "gauge_ext.json").write_text('{"files": {"../x": {"sha256": ""}}}')
+    # A graph that the manifest's hashes were made to fit, but that comes from something else.
+    other = shutil.copytree(folder, tmp_path / "other")
+    append_metadata(other / "model.onnx", {"base_sha256": "0" * 64, "precision": "int8"})
+    manifest = json.loads((other / "gauge_ext.json").read_text())
+    digest = hashlib.sha256((other / "model.onnx").read_bytes()).hexdigest()
+    manifest["files"]["model.onnx"]["sha256"] = digest
+    (other / "gauge_ext.json").write_text(json.dumps(manifest))
+    wrong = [check.what for check in read_provenance(other).checks if not check.passed]
+    assert wrong == ["precision of model.onnx", "base_sha256 of model.onnx"]
+
+    (damaged / "gauge_ext.json").write_text('{"files": {"../x": {"sha256": ""}}, "graphs": {}}')
     with pytest.raises(ConfigError, match="not a file of its folder"):
         read_provenance(damaged)
     (damaged / "gauge_ext.json").write_text("{}")
     with pytest.raises(ConfigError, match="can be read"):
         read_provenance(damaged)
+
+
+def test_an_adapters_file(mlp, adapted, tmp_path):
+    model = adapted(mlp)
+    base = copy.deepcopy(model)
+    graph = tmp_path / "m.onnx"
+    options = {"mode": "adapters", "adapter_precision": "float16", "validate": False}
+    export_onnx(model, (torch.randn(2, 12),), graph, **options)
+    digest = adapter_sha256(model)
+
+    report = write_onnx_adapter(model, graph, tmp_path / "a.safetensors", gauge="auto")
+    found = read_provenance(tmp_path / "a.safetensors")
+    said = found.to_dict()["graphs"]["a.safetensors"]
+    assert (said["adapter_sha256"], said["base_sha256"]) == (digest, base_sha256(base))
+    assert (said["precision"], said["gauge"]) == ("float16", "auto")
+    assert said["gauges"] == report.gauges
+    assert set(said["loss"]) == {"trained", "balanced", "equal_energy"}
+    for name, loss in said["loss"].items():
+        squares = [found**2 for found in report.losses[name].values()]
+        assert loss == pytest.approx((sum(squares) / len(squares)) ** 0.5)
+    assert check_provenance(found, model=base, adapter_sha256=digest).passed
+    other = check_provenance(found, adapter_sha256="0" * 64)
+    assert [check.what for check in other.checks if not check.passed] == ["adapter_sha256"]
+
+    write_onnx_adapter(model, graph, tmp_path / "a.onnx_adapter")
+    found = read_provenance(tmp_path / "a.onnx_adapter")
+    assert int(found.graphs["a.onnx_adapter"]["adapter_number"]) == int(digest[:8], 16) // 2
+    assert check_provenance(found, adapter_sha256=digest).passed
+    other = check_provenance(found, adapter_sha256="0" * 64)
+    assert [check.what for check in other.checks if not check.passed] == ["adapter_number"]
 
 
 def test_files_that_say_nothing(tmp_path):

@@ -17,7 +17,7 @@ import gauge_ext
 from gauge_ext.errors import AdapterStateError, ConfigError, ExportError, TargetError
 from gauge_ext.export import export_onnx, write_onnx_adapter
 from gauge_ext.export.adapters.file import read_table
-from gauge_ext.export.adapters.graph import open_layers
+from gauge_ext.export.adapters.layers import open_layers
 from gauge_ext.export.adapters.read import read_arrays
 
 transformers = pytest.importorskip("transformers")
