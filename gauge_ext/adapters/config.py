@@ -52,6 +52,9 @@ class LoRAConfig:
         bias: Which biases of the base are trained: "none", those of adapted layers ("lora_only"),
             or "all".
         modules_to_save: Names of modules that are trained whole, such as a fresh classifier.
+        ensure_weight_tying: Whether what is tied to a parameter of ``modules_to_save`` is trained
+            with it, and stays tied; of ``trainable_token_indices`` it always is. An adapter on a
+            tied weight is refused then: it would untie it.
         rank_pattern: Ranks of modules that differ from ``rank``: expression for the end of a path
             -> rank; the first that matches wins.
         alpha_pattern: The same for ``alpha``.
@@ -86,6 +89,7 @@ class LoRAConfig:
     fan_in_fan_out: bool = False
     bias: Bias = "none"
     modules_to_save: Sequence[str] | None = None
+    ensure_weight_tying: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: int | Sequence[int] | None = None
@@ -122,7 +126,10 @@ class LoRAConfig:
         for name in ("task_type", "base_model_name_or_path"):
             if not isinstance(getattr(self, name), str | None):
                 raise _wrong(name, "a string or None", getattr(self, name))
-        for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+        for name in (
+            *("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
+            "ensure_weight_tying",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, "True or False", getattr(self, name))
         keep("rank_pattern", _table("rank_pattern", self.rank_pattern, _rank))

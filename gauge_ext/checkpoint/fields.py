@@ -31,6 +31,7 @@ OWN = {
     "lora_bias": "lora_bias",
     "bias": "bias",
     "modules_to_save": "modules_to_save",
+    "ensure_weight_tying": "ensure_weight_tying",
     "fan_in_fan_out": "fan_in_fan_out",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
@@ -52,7 +53,6 @@ def _absent(value: Any) -> bool:
 # Fields that change what the adapted model computes -> (whether a value leaves it off, what it is).
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layer_replication": (_unset, "replicated layers"),
-    "ensure_weight_tying": (_unset, "tied adapters"),
     # An empty sub-config still switches its variant on, so only null and false are off.
     "megatron_config": (_absent, "Megatron's parallel layers"),
     "use_qalora": (_unset, "QALoRA"),
@@ -96,7 +96,6 @@ DEFAULTS: dict[str, Any] = {
     "arrow_config": None,
     "auto_mapping": None,
     "corda_config": None,
-    "ensure_weight_tying": False,
     "eva_config": None,
     "inference_mode": True,
     "init_lora_weights": True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -109,7 +109,25 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
             f"can carry an adapter{_why_none(config, skipped)}.",
             hint=nearest_hint(model, unmatched),
         )
+    if config.ensure_weight_tying:
+        _refuse_tied(model, layers)
     return TargetMatch(layers, skipped, unmatched, parameters, tuple(experts))
+
+
+def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers whose weight is another module's too: ``ensure_weight_tying``."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            holders.setdefault(id(weight), []).append(name)
+    for name, layer in layers.items():
+        weight = layer._parameters.get("weight")
+        if others := [other for other in holders.get(id(weight), ()) if other != name]:
+            raise TargetError(
+                f"ensure_weight_tying is on, and the adapter on {name!r} would untie it from "
+                f"{others[0]!r}: adapters that are tied to each other are not supported.",
+                hint="Train it whole (modules_to_save), or with ensure_weight_tying=False.",
+            )
 
 
 def target_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:

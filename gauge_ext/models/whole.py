@@ -54,7 +54,12 @@ def chosen(model: nn.Module, config: LoRAConfig, adapted: Collection[str]) -> li
             config.bias == "all" or (config.bias == "lora_only" and holder in adapted)
         )
 
-    return [path for path, _ in model.named_parameters(remove_duplicate=False) if wanted(path)]
+    every = list(model.named_parameters(remove_duplicate=False))
+    tied: set[int] = set()
+    if config.ensure_weight_tying:
+        within = {path for path, _ in every if any(path.startswith(f"{m}.") for m in modules)}
+        tied = {id(parameter) for path, parameter in every if path in within}
+    return [path for path, parameter in every if wanted(path) or id(parameter) in tied]
 
 
 def replace(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Parameter]:

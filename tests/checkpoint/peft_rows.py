@@ -406,6 +406,18 @@ ROWS = [
         {**_TWO, "target_modules": ["q_proj"], "trainable_token_indices": TRAINED},
         add_tokens,
     ),
+    Row(
+        "modules_to_save, ensure_weight_tying",
+        tied_llama,
+        tokens(9, 2, 5),
+        {
+            **_TWO,
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+        add_whole,
+    ),
     Row("Conv1d", conv(nn.Conv1d, 4, 6, 3, stride=2), numbers(2, 4, 9), _CONV, add_conv),
     Row("Conv2d", conv(nn.Conv2d, 3, 4, 3, padding="same"), numbers(2, 3, 6, 5), _CONV, add_conv),
     Row("Conv2d, 1 x 1", conv(nn.Conv2d, 3, 4, 1), numbers(2, 3, 4, 4), _CONV, add_conv),

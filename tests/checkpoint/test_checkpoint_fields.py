@@ -19,7 +19,6 @@ MINIMAL = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"]
 # For each field that changes the mathematics a value that does, in the form that PEFT writes.
 CHANGING: dict[str, list[Any]] = {
     "layer_replication": [[[0, 4], [2, 5]]],
-    "ensure_weight_tying": [True],
     "megatron_config": [{}, {"hidden_size": 8}],
     "use_qalora": [True],
     "alora_invocation_tokens": [[], [5, 6]],
@@ -112,6 +111,7 @@ def test_what_we_read_we_write_back() -> None:
         "use_dora": True,
         "bias": "lora_only",
         "modules_to_save": ["head"],
+        "ensure_weight_tying": True,
         "target_parameters": ["experts.up"],
         "trainable_token_indices": {"embed": [3, 1]},
         "rank_pattern": {"a.q": 2},

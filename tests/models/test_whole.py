@@ -94,3 +94,30 @@ def test_a_warning_tells_of_a_tie_that_comes_apart() -> None:
 def test_dora_and_a_bias_of_the_branch_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="use_dora and lora_bias cannot both"):
         LoRAConfig(use_dora=True, lora_bias=True)
+
+
+def test_what_is_tied_is_trained_along_and_stays_tied(llama: nn.Module) -> None:
+    table = llama.model.embed_tokens.weight
+    fields = {"rank": 2, "target_modules": ["q_proj"], "ensure_weight_tying": True}
+    # Without a warning of what would come apart, which pytest makes an error of.
+    attach(llama, LoRAConfig(**fields, modules_to_save=["lm_head"]))
+    copy_of_it = llama.lm_head.weight
+    assert llama.model.embed_tokens.weight is copy_of_it
+    assert copy_of_it is not table
+    assert copy_of_it.requires_grad
+    assert set(whole_parameters(llama)) == {"model.embed_tokens.weight", "lm_head.weight"}
+    detach(llama)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight is table
+    # Rows of single tokens are shared with or without it.
+    attach(llama, LoRAConfig(**fields, trainable_token_indices=[1, 3]))
+    assert list(whole_parameters(llama)) == [
+        "model.embed_tokens.token_adapter.trainable_tokens_delta"
+    ]
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_that_would_untie_is_refused(llama: nn.Module, target: str) -> None:
+    config = LoRAConfig(rank=2, target_modules=["q_proj", target], ensure_weight_tying=True)
+    with pytest.raises(TargetError, match=rf"{target}' would untie it from .*ensure_weight_tying"):
+        attach(llama, config)
+    attach(llama, LoRAConfig(rank=2, target_modules=["q_proj", target]))
