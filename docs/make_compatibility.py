@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import functools
 import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft  # noqa: TID253 - a script
 import safetensors.torch
@@ -28,7 +31,8 @@ sys.path.insert(0, str(ROOT / "tests" / "checkpoint"))
 
 from peft_rows import ROWS, Row, run  # noqa: E402
 
-from gauge_ext.checkpoint import load_adapter, save_adapter  # noqa: E402
+from gauge_ext import load_adapter, save_adapter, set_adapters  # noqa: E402
+from gauge_ext.errors import AdapterStateError, ConfigError  # noqa: E402
 
 TARGET = ROOT / "docs" / "compatibility.md"
 HEAD = """# Compatibility with PEFT {version}
@@ -41,6 +45,16 @@ what is below the bound shown is rounding.
 
 | feature | ours: difference | PEFT: difference | read | written alike | PEFT reads ours |
 |---|---|---|---|---|---|
+"""
+TWO_HEAD = """
+## Two adapters on one model
+
+A second adapter of PEFT's beside the first, of twice the alpha: alone, then both with the weights 1
+and -0.5, held against the weights summed by hand; and each sample of a batch with an adapter of its
+own (`adapter_names=` in both libraries), held against each adapter alone.
+
+| feature | ours: second alone | ours: both | ours: by samples | PEFT: by samples |
+|---|---|---|---|---|
 """
 NOTES = """
 Where PEFT's difference is not rounding:
@@ -94,13 +108,81 @@ def row_of(row: Row) -> tuple[str, str | None]:
     return f"| {' | '.join(cells)} |", f"- {row.name}: {row.peft_is}." if row.peft_is else None
 
 
+def two_of(row: Row) -> str:
+    """Runs a row with two adapters; returns its line."""
+    torch.manual_seed(3)
+    fields = copy.deepcopy(row.fields)
+    second = {**fields, "lora_alpha": 2 * fields.get("lora_alpha", 8)}
+    second |= {"alpha_pattern": {k: 2 * v for k, v in fields.get("alpha_pattern", {}).items()}}
+    sums, inputs = {}, row.inputs()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, given, factor in (("first", fields, 1), ("second", second, 2)):
+            theirs = peft.get_peft_model(row.base(), peft.LoraConfig(**copy.deepcopy(given)))
+            with torch.no_grad():
+                for _, parameter in sorted(theirs.named_parameters()):
+                    if parameter.requires_grad:
+                        parameter.normal_(std=0.4)
+            theirs.save_pretrained(Path(folder, name))
+            tensors = safetensors.torch.load_file(Path(folder, name) / "adapter_model.safetensors")
+            scaled = dataclasses.replace(row, scaling=row.scaling * factor)
+            sums[name] = scaled.expected(row.base(), tensors)
+        ours = load_adapter(row.base(), Path(folder, "first"), name="first")
+        try:
+            load_adapter(ours, Path(folder, "second"), name="second")
+        except ConfigError:
+            return f"| {row.name} | refused | refused | refused | |"
+        theirs = peft.PeftModel.from_pretrained(row.base(), Path(folder, "first"), "first")
+        try:
+            theirs.load_adapter(Path(folder, "second"), "second")
+        except ValueError:  # a second one on parameters
+            theirs = None
+    # The base in the layout of the sums, without groups or codes; a DoRA of zeros would be none.
+    zeros = {key: 0 * value for key, value in tensors.items()}
+    dora = any("magnitude" in key for key in tensors)
+    base = row.base() if dora else row.expected(row.base(), zeros)
+    both = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, parameter in both.named_parameters():
+            own = parameter.clone()
+            for of, number in (("first", 1.0), ("second", -0.5)):
+                parameter += number * (sums[of].get_parameter(name) - own)
+    set_adapters(ours, "second")
+    alone = float((run(ours, inputs) - run(sums["second"], inputs)).abs().max())
+    set_adapters(ours, {"first": 1.0, "second": -0.5})
+    summed = float((run(ours, inputs) - run(both, inputs)).abs().max())
+    rows = [("second", "__base__", "first")[i % 3] for i in range(len(inputs[0]))]
+    outputs = {name: run(model, inputs) for name, model in sums.items()}
+    outputs["__base__"] = run(row.base(), inputs)
+    expected = torch.stack([outputs[name][i] for i, name in enumerate(rows)])
+
+    def mixed(model: torch.nn.Module | None) -> str:
+        if model is None:
+            return "refused"
+        try:
+            found = run_by_names(model.eval(), inputs, rows)
+        except (ValueError, TypeError, AdapterStateError):
+            return "refused"
+        except RuntimeError:
+            return "fails"
+        return shown(row, float((found - expected).abs().max()))
+
+    cells = [row.name, shown(row, alone), shown(row, summed), mixed(ours), mixed(theirs)]
+    return f"| {' | '.join(cells)} |"
+
+
+def run_by_names(model: torch.nn.Module, inputs: tuple[Any, ...], names: list[str]) -> torch.Tensor:
+    """The output with an adapter for each sample."""
+    return run(functools.partial(model, adapter_names=names), inputs)
+
+
 def table() -> str:
     """The whole page."""
     warnings.simplefilter("ignore")
     lines, notes = zip(*map(row_of, ROWS), strict=True)
     found = [note for note in notes if note]
     text = HEAD.format(version=peft.__version__) + "\n".join(lines) + "\n"
-    return text + NOTES + "\n".join(found) + "\n" if found else text
+    text += NOTES + "\n".join(found) + "\n" if found else ""
+    return text + TWO_HEAD + "\n".join(map(two_of, ROWS)) + "\n"
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gauge_ext._version import __version__
 from gauge_ext.adapters import WrappedAdapter
 from gauge_ext.adapters.quantized import is_encoded
+from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.checkpoint import adapter_sha256
 from gauge_ext.errors import ConfigError
 from gauge_ext.export.disk.files import write_errors
@@ -161,6 +162,7 @@ def base_sha256(model: nn.Module) -> str | None:
     wrapped = [
         f"{p}." if p else "" for p, m in model.named_modules() if isinstance(m, WrappedAdapter)
     ]
+    slots = {path for path, m in model.named_modules() if type(m) is AdapterSlot}
     tensors: dict[str, Tensor] = {}
     own = {
         f"{path}.{name}" if path else name: base
@@ -176,6 +178,8 @@ def base_sha256(model: nn.Module) -> str | None:
                 continue
             name = prefix + inner.removeprefix(_WRAPPED_BASE)
         path, _, last = name.rpartition(".")
+        if path in slots:
+            continue
         layer = layers.get(path)
         if layer is not None and last in layer.own_names():
             continue

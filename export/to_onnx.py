@@ -41,7 +41,7 @@ from gauge_ext.export.trace.graph import Graph, build_graph, require_opset
 from gauge_ext.export.trace.inputs import bind_inputs, resolve_dynamic_shapes
 from gauge_ext.export.validate import DisagreementError, Progress, validate_onnx
 from gauge_ext.models import merged_copy
-from gauge_ext.models.attach import unwrap
+from gauge_ext.models.adapted import unwrap
 
 # A protobuf file ends at 2 GiB and is parsed into memory whole; below half of that, one file is
 # handier than two.

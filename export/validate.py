@@ -23,7 +23,7 @@ from gauge_ext.export.trace.cases import Case, Limits, MakeInputs, make_cases
 from gauge_ext.export.trace.inputs import BoundInputs, bind_inputs
 from gauge_ext.export.trace.signature import output_leaves
 from gauge_ext.models import lora_layers
-from gauge_ext.models.attach import unwrap
+from gauge_ext.models.adapted import unwrap
 
 Progress = Callable[[str, float], None]  # what is being done, and the share that is done
 Focus = Callable[[str, Tensor, Mapping[str, Tensor]], Tensor]

@@ -16,12 +16,8 @@ if TYPE_CHECKING:
     from gauge_ext.checkpoint.residual import merge_with_residual
     from gauge_ext.errors import GaugeError
     from gauge_ext.merging import combine
-    from gauge_ext.models.attach import (
-        adapter_parameters,
-        attach,
-        detach,
-        named_adapter_parameters,
-    )
+    from gauge_ext.models.adapted import adapter_parameters, named_adapter_parameters
+    from gauge_ext.models.attach import attach, detach
     from gauge_ext.models.fidelity import merge_fidelity, merge_stochastic
     from gauge_ext.models.many import add_adapter, delete_adapter, rename_adapter
     from gauge_ext.models.merge import merge, merge_and_unload, unmerge

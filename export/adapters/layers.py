@@ -21,7 +21,7 @@ from gauge_ext.adapters import LoRAConfig, WrappedAdapter
 from gauge_ext.errors import AdapterStateError, ConfigError, ExportError, TargetError
 from gauge_ext.export.adapters.table import AdapterInput
 from gauge_ext.models import attached_modules, detach, find_targets, lora_layers
-from gauge_ext.models.attach import unwrap
+from gauge_ext.models.adapted import unwrap
 
 # Of the factors that are traced; it leaves no trace in the graph.
 _RANK = 2

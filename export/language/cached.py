@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext.errors import ConfigError, ExportError
-from gauge_ext.models.attach import unwrap
+from gauge_ext.models.adapted import unwrap
 
 Pair = dict[str, Tensor]  # "key" and "value"
 

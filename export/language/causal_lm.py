@@ -29,7 +29,7 @@ from gauge_ext.export.report import ValidationReport
 from gauge_ext.export.tolerance import Tolerance
 from gauge_ext.export.trace.cases import Limits
 from gauge_ext.export.validate import Progress
-from gauge_ext.models.attach import unwrap
+from gauge_ext.models.adapted import unwrap
 
 _EXAMPLE = {BATCH: 2, SEQUENCE: 3, PAST: 5}
 _CASES = {

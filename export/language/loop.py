@@ -19,7 +19,7 @@ from gauge_ext.export.report import CaseResult, ValidationReport
 from gauge_ext.export.tolerance import Tolerance
 from gauge_ext.export.validate import evaluation_copy, float_dtypes, usual_tolerance
 from gauge_ext.models import lora_layers
-from gauge_ext.models.attach import unwrap
+from gauge_ext.models.adapted import unwrap
 
 _ADAPTER = "of the model"
 

@@ -2,9 +2,11 @@
 
 :mod:`config` is the description (rank, alpha, which modules), :mod:`patterns` the rules by which
 names of modules are matched, :mod:`spec` the numbers of one layer's adapter, :mod:`protocol` what
-the layers above ask of it, :mod:`layer` what all kinds of adapted layers have in common,
-:mod:`lora` and its neighbours one kind each, :mod:`registry` which kind stands in for which class,
-and :mod:`merging` what it is to merge one.
+the layers above ask of it. A layer with adapters is built up from :mod:`slot`, the parameters of
+one, by :mod:`parts`, their layout on a weight, :mod:`many`, their names and which of them work,
+and :mod:`mergeable` to :mod:`layer`, what all kinds have in common. :mod:`branches` computes linear
+layers and :mod:`additive` others, :mod:`lora` and its neighbours are one kind each, and
+:mod:`registry` tells which kind stands in for which class.
 
 :mod:`gauge_field` and :mod:`fiber_bundle` are the seed's two classes, which hold their base as a
 submodule (:mod:`wrapped`, :mod:`low_rank`) and know their own geometry.

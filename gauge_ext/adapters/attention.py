@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from gauge_ext import ops
+from gauge_ext.adapters import branches
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.protocol import Kind
 from gauge_ext.adapters.spec import AdapterSpec
+
+_NO_ROWS = "nn.MultiheadAttention takes the same adapters for a whole batch, as in PEFT"
 
 
 class LoRAOutProjection(AdaptedLayer, NonDynamicallyQuantizableLinear):
@@ -22,6 +24,7 @@ class LoRAOutProjection(AdaptedLayer, NonDynamicallyQuantizableLinear):
     base_class: ClassVar[type[nn.Module]] = NonDynamicallyQuantizableLinear
     kind: ClassVar[Kind] = "out_proj"
     is_linear = True
+    rows_refusal = _NO_ROWS
 
     @classmethod
     def factor_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -35,7 +38,7 @@ class LoRAOutProjection(AdaptedLayer, NonDynamicallyQuantizableLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the projection of x, ``(*batch, in)``, with the update: ``(*batch, out)``."""
-        return _project(self, input, self.weight, self.bias, self.lora_B)
+        return _project(self, input, self.weight, self.bias)
 
 
 class LoRAMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
@@ -55,6 +58,7 @@ class LoRAMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
     base_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
     weight_name = "in_proj_weight"
     companions: ClassVar[tuple[str, ...]] = ("out_proj",)
+    rows_refusal = _NO_ROWS
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
@@ -134,7 +138,7 @@ class LoRAMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
             rows = slice(first * self.embed_dim, last * self.embed_dim)
             bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
             weight = cast("Tensor", self.in_proj_weight)[rows]
-            return _project(self, x, weight, bias, self.lora_B[rows]).chunk(last - first, -1)
+            return _project(self, x, weight, bias, rows).chunk(last - first, -1)
 
         if query is key and key is value:
             q, k, v = project(query, 0, 3)
@@ -207,21 +211,15 @@ def _reason_against_spec(spec: AdapterSpec) -> str | None:
 
 
 def _project(
-    layer: AdaptedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor
+    layer: AdaptedLayer,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: slice | None = None,
 ) -> Tensor:
     if not layer.has_branch:
         return F.linear(x, weight, bias)
-    drop = layer.training and layer.dropout_p > 0.0
-    return ops.lora_linear(
-        x,
-        weight,
-        bias,
-        layer.lora_A,
-        lora_B,
-        layer.scaling,
-        layer.dropout_p if drop else 0.0,
-        ops.draw_seed() if drop else None,
-    )
+    return branches.linear(layer, x, weight, bias, outputs)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

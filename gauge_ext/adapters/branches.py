@@ -1,56 +1,192 @@
-"""The forward of linear layers with more than two factors: a start, a bias of the branch, DoRA."""
+"""What adapted linear layers compute beside their base, for whole batches and row by row."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gauge_ext import ops
+from gauge_ext.errors import AdapterStateError, ConfigError
 
 if TYPE_CHECKING:
-    from gauge_ext.adapters.layer import AdaptedLayer
+    from gauge_ext.adapters.many import NamedAdapters
+    from gauge_ext.adapters.slot import AdapterSlot
 
 
-def linear(layer: AdaptedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    r"""Return the output of an unmerged linear layer with any adapter.
+class Branch(NamedTuple):
+    r"""What one product adds to a layer: :math:`s\,(B A \tilde x + \beta)`.
 
-    .. math:: y = g \circ \bigl(x W^T + s\,(\tilde x A^T B^T + \beta)\bigr) + b
+    Attributes:
+        lora_A: A.
+        lora_B: B.
+        scaling: s.
+        dropout_p: The probability with which an input of it is dropped, 0 outside of training.
+        bias: :math:`\beta`, ``(out,)``, or None.
+    """
 
-    with the inputs after dropout :math:`\tilde x`, the branch's bias :math:`\beta` (``lora_bias``)
-    and DoRA's gain g, where the adapter has them. Dropout is on the branch alone, also under DoRA:
-    PEFT there drops inputs of W as well, which costs a second product with W and has the same mean.
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout_p: float
+    bias: Tensor | None
+
+
+def linear(
+    layer: NamedAdapters,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: slice | None = None,
+) -> Tensor:
+    r"""Return the output of an unmerged linear layer with any adapters.
+
+    .. math:: y = G \circ x W^T + \sum_k s_k\,(\tilde x A_k^T B_k^T + \beta_k) + b
+
+    with the inputs after dropout :math:`\tilde x`, the branches' biases :math:`\beta`
+    (``lora_bias``) and DoRA's gain G, where the adapters have them. Dropout is on the branch alone,
+    also under DoRA: PEFT there drops inputs of W as well, which costs a second product with W and
+    has the same mean.
 
     Args:
         layer: The adapted layer.
         x: ``(*batch, in)``.
         weight: W, ``(out, in)``.
         bias: b, ``(out,)``, or None.
+        outputs: Which rows of B belong to ``weight``, where that is a part of the layer's.
 
     Returns:
         ``(*batch, out)``, of x's dtype.
     """
-    drop = layer.training and layer.dropout_p > 0.0
-    has_magnitude = layer.has_magnitude
-    inner = None if has_magnitude else bias
-    if layer.branch_bias is not None:
-        shift = layer.scaling * layer.branch_bias
-        inner = (shift if inner is None else inner + shift).to(x.dtype)
-    lora_A, lora_B = layer.factors()
-    y = ops.lora_linear(
-        x,
-        weight,
-        inner,
-        lora_A,
-        lora_B,
-        layer.scaling,
-        layer.dropout_p if drop else 0.0,
-        ops.draw_seed() if drop else None,
-    )
-    if not has_magnitude:
-        return y
-    gain = layer.gain()
+    if layer.rows is not None:
+        return _linear_by_rows(layer, x, weight, bias, *layer.rows)
+    sole = layer.sole()
+    if sole is not None and sole.has_magnitude:
+        return _dora(layer, sole, x, weight, bias)
+    branches, gain = layer.working()
+    if outputs is not None:
+        branches = [branch._replace(lora_B=branch.lora_B[outputs]) for branch in branches]
+    if gain is None:
+        y, branches = _fused(x, weight, bias, branches[0]), branches[1:]
+    else:
+        scaled = F.linear(x, weight) * gain
+        y = (scaled if bias is None else scaled + bias).to(x.dtype)
+    for branch in branches:
+        y = y + (low_rank(x, branch) * branch.scaling).to(y.dtype)
+    return y
+
+
+def low_rank(x: Tensor, branch: Branch) -> Tensor:
+    r"""Return :math:`\tilde x A^T B^T + \beta` by two products, in the factors' dtype."""
+    dropped = F.dropout(x, branch.dropout_p) if branch.dropout_p > 0.0 else x
+    hidden = F.linear(dropped.to(branch.lora_A.dtype), branch.lora_A)
+    return F.linear(hidden, branch.lora_B, branch.bias)
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch) -> Tensor:
+    """Base and branch in one op, with the branch's bias in the base's."""
+    a, b, scaling, dropout_p, shift = branch
+    if shift is not None:
+        shift = scaling * shift
+        bias = (shift if bias is None else bias + shift).to(x.dtype)
+    seed = ops.draw_seed() if dropout_p > 0.0 else None
+    return ops.lora_linear(x, weight, bias, a, b, scaling, dropout_p, seed)
+
+
+def _dora(
+    layer: NamedAdapters, slot: AdapterSlot, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """One DoRA alone: the gain scales base and branch together, as they come out of one op."""
+    y = _fused(x, weight, None, layer.branch(slot))
+    gain = layer.gain(slot)
     # Promoted to the gain's dtype where that is wider, so that it isn't rounded first.
     scaled = y * gain if bias is None else torch.addcmul(bias.to(gain.dtype), y, gain)
     return scaled.to(y.dtype)
+
+
+def _linear_by_rows(
+    layer: NamedAdapters,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    names: tuple[str, ...],
+    index: Tensor,
+) -> Tensor:
+    slots = slots_of_rows(layer, names)
+    require_samples(x, index)
+    shifted = any(slot.branch_bias is not None for slot in slots)
+    scaled = any(slot.has_magnitude for slot in slots)
+    apart = shifted or scaled
+    factors = [slot.factors() for slot in slots]
+    y = ops.lora_gather(
+        x,
+        weight,
+        None if apart else bias,
+        [a for a, _ in factors],
+        [b for _, b in factors],
+        [slot.scaling for slot in slots],
+        index,
+    )
+    if not apart:
+        return y
+    dtype = y.dtype
+    if shifted:
+        none = torch.zeros_like(factors[0][1][:, 0])
+        shifts = [none if s.branch_bias is None else s.branch_bias * s.scaling for s in slots]
+        y = y + of_rows([none, *shifts], index, y)
+    if scaled:
+        y = y * of_rows(gains_of(layer, slots), index, y)
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def slots_of_rows(layer: NamedAdapters, names: tuple[str, ...]) -> list[AdapterSlot]:
+    """Return the adapters that rows name.
+
+    Raises:
+        AdapterStateError: Training with dropout, of which there is no mask by rows.
+    """
+    slots = [layer.adapter(name) for name in names]
+    if layer.training and any(slot.dropout_p > 0.0 for slot in slots):
+        raise AdapterStateError(
+            "a different adapter for each row has no dropout in training.",
+            hint="Call model.eval(), or attach the adapters with dropout=0.",
+        )
+    return slots
+
+
+def require_samples(x: Tensor, index: Tensor) -> None:
+    """Refuse an input whose first dimension is not the batch that names were given for.
+
+    Raises:
+        ConfigError: It has another size.
+    """
+    if x.dim() == 0 or x.shape[0] != len(index):
+        raise ConfigError(
+            f"there are names of adapters for {len(index)} samples, and a layer got an input of "
+            f"shape {tuple(x.shape)}, whose first dimension is not that.",
+            hint="Give a name for each sample. A layer that sees no batch, such as one of "
+            "positions, can't tell samples apart: leave it out of target_modules.",
+        )
+
+
+def gains_of(layer: NamedAdapters, slots: list[AdapterSlot]) -> list[Tensor]:
+    """Return the gain of no adapter, and of each."""
+    found = [layer.gain(slot) if slot.has_magnitude else None for slot in slots]
+    none = torch.ones_like(next(gain for gain in found if gain is not None))
+    return [none, *(none if gain is None else gain for gain in found)]
+
+
+def of_rows(table: list[Tensor], index: Tensor, y: Tensor, axis: int = -1) -> Tensor:
+    """Return the entry of each row, of which the first is that of none, along an axis of y."""
+    return along(torch.stack(table)[(index + 1).to(y.device)], y, axis)
+
+
+def along(vectors: Tensor, y: Tensor, axis: int) -> Tensor:
+    """Return ``(out,)``, or ``(rows, out)``, such that it broadcasts with y along ``axis`` < 0."""
+    shape = [1] * y.dim()
+    shape[axis] = vectors.shape[-1]
+    if vectors.dim() == 2:
+        shape[0] = len(vectors)
+    return vectors.view(shape)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gauge_ext.adapters.layer import AdaptedLayer
+from gauge_ext.adapters.additive import AdditiveLayer
+from gauge_ext.adapters.branches import Branch
+from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.adapters.spec import AdapterSpec
 
 _CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
 
 
-class LoRAConv(AdaptedLayer):
+class LoRAConv(AdditiveLayer):
     r"""A convolution with a LoRA adapter: one to r channels with its kernel, and one back.
 
     .. math:: y = W * x + b + s\,B * (A * x)
@@ -76,9 +78,19 @@ class LoRAConv(AdaptedLayer):
         """Return ``(1, out, 1, ...)``."""
         return (1, self.out_channels) + (1,) * len(self.kernel_size)
 
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weight (out, in * kernel), A and B."""
-        return self.weight.flatten(1), self.lora_A.flatten(1), self.lora_B.flatten(1)
+    @property
+    def blocks(self) -> int:
+        """The groups: those of the outputs share lora_B's columns, and have rows of lora_A each."""
+        return _groups(self)
+
+    @property
+    def output_dim(self) -> int:
+        """The axis of the channels, from the end."""
+        return -1 - len(self.kernel_size)
+
+    def matrices(self, slot: AdapterSlot) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weight (out, in * kernel), and A and B of an adapter."""
+        return self.weight.flatten(1), slot.lora_A.flatten(1), slot.lora_B.flatten(1)
 
     def mergeable_weight(self) -> Tensor:
         """Return the weight ``(out, in, *kernel)``, with zeros between the groups."""
@@ -118,18 +130,18 @@ class LoRAConv(AdaptedLayer):
         """
         if not self.has_branch:
             return self._convolve(input, self.weight, self.bias, self.groups)
-        has_magnitude = self.has_magnitude
-        y = self._convolve(input, self.weight, None if has_magnitude else self.bias, self.groups)
-        x = F.dropout(input, self.dropout_p, self.training) if self.dropout_p > 0.0 else input
-        hidden = self._convolve(x.to(self.lora_A.dtype), self.lora_A, None, 1)
+        return self.adapted_output(input, self.bias)
+
+    def base_output(self, x: Tensor, *, with_bias: bool) -> Tensor:
+        """Return the base's convolution."""
+        return self._convolve(x, self.weight, self.bias if with_bias else None, self.groups)
+
+    def branch_output(self, x: Tensor, branch: Branch) -> Tensor:
+        """Return what the r channels give, ``(batch, out, *size)``."""
+        dropped = F.dropout(x, branch.dropout_p) if branch.dropout_p > 0.0 else x
+        hidden = self._convolve(dropped.to(branch.lora_A.dtype), branch.lora_A, None, 1)
         convolution = _CONVOLUTIONS[len(self.kernel_size) - 1]
-        update = convolution(hidden, self.lora_B, self.branch_bias, groups=self.groups)
-        update = update * self.scaling
-        if not has_magnitude:
-            return y + update.to(y.dtype)
-        ones = (1,) * len(self.kernel_size)
-        y = ((y + update) * self.gain().view(-1, *ones)).to(y.dtype)
-        return y if self.bias is None else y + self.bias.view(-1, *ones)
+        return convolution(hidden, branch.lora_B, branch.bias, groups=self.groups)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         padding = self.padding

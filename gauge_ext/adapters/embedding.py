@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gauge_ext.adapters.layer import AdaptedLayer
+from gauge_ext.adapters.additive import AdditiveLayer
+from gauge_ext.adapters.branches import Branch
 from gauge_ext.adapters.protocol import Kind
+from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.adapters.spec import AdapterSpec
 
 
-class LoRAEmbedding(AdaptedLayer, nn.Embedding):
+class LoRAEmbedding(AdditiveLayer, nn.Embedding):
     r"""An embedding with a LoRA adapter.
 
     .. math:: y_t = W_t + s\,(A^T)_t\, B^T
@@ -60,9 +62,9 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
         """Return ``(B A)ᵀ``, ``(vocab, dim)``."""
         return torch.mm(lora_A.mT, lora_B.mT)
 
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the table transposed, ``(dim, vocab)``, A and B."""
-        return self.weight.mT, self.lora_A, self.lora_B
+    def matrices(self, slot: AdapterSlot) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the table transposed, ``(dim, vocab)``, and A and B of an adapter."""
+        return self.weight.mT, *slot.factors()
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the adapted embedding's rows.
@@ -73,18 +75,20 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
         Returns:
             ``(*, dim)``.
         """
-        y = self._rows(input, self.weight)
         if not self.has_branch:
-            return y
-        lora_A = self.lora_A
-        hidden = self._rows(input, lora_A.mT)
-        if self.training and self.dropout_p > 0.0:
-            kept = F.dropout(hidden.new_ones(*input.shape, 1), self.dropout_p)
-            hidden = hidden * kept
-        update = F.linear(hidden, self.lora_B) * self.scaling
-        if self.has_magnitude:
-            return ((y + update) * self.gain()).to(y.dtype)
-        return y + update.to(y.dtype)
+            return self._rows(input, self.weight)
+        return self.adapted_output(input, None)
+
+    def base_output(self, x: Tensor, *, with_bias: bool) -> Tensor:
+        """Return the rows of the table; there is no bias."""
+        return self._rows(x, self.weight)
+
+    def branch_output(self, x: Tensor, branch: Branch) -> Tensor:
+        """Return the rows of the update, gathered at rank r: ``(*, dim)``."""
+        hidden = self._rows(x, branch.lora_A.mT)
+        if branch.dropout_p > 0.0:
+            hidden = hidden * F.dropout(hidden.new_ones(*x.shape, 1), branch.dropout_p)
+        return F.linear(hidden, branch.lora_B)
 
     def _rows(self, input: Tensor, table: Tensor) -> Tensor:
         return F.embedding(

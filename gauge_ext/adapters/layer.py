@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from gauge_ext.adapters import dora, inits
 from gauge_ext.adapters.dtypes import FLOAT_DTYPES
+from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.adapters.mergeable import MergeableLayer
 from gauge_ext.adapters.merging import adapter_dtype
+from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.adapters.spec import AdapterSpec
-from gauge_ext.errors import TargetError
+from gauge_ext.errors import AdapterStateError, TargetError
 
 _ATTRIBUTES = (
     *("scaling", "dropout_p", "merged", "has_branch", "is_plain"),
@@ -32,12 +34,13 @@ class AdaptedLayer(MergeableLayer):
     """
 
     @classmethod
-    def adapt(cls, module: nn.Module, spec: AdapterSpec) -> Self:
+    def adapt(cls, module: nn.Module, spec: AdapterSpec, name: str = DEFAULT) -> Self:
         """Turn ``module`` itself into an adapted layer and return it.
 
         Args:
             module: A layer for which :meth:`reason_against` is None.
             spec: Rank, scaling and the like.
+            name: What the adapter is called.
 
         Raises:
             TargetError: The layer cannot carry this adapter.
@@ -48,7 +51,7 @@ class AdaptedLayer(MergeableLayer):
         layer = cast("Self", module)
         module.__class__ = variant_of(cls, before)
         try:
-            layer._add_adapter(spec)
+            layer._add_adapter(spec, name)
         except BaseException:
             for name in [name for name in module._parameters if name.startswith("lora_")]:
                 module._parameters.pop(name, None)
@@ -87,39 +90,52 @@ class AdaptedLayer(MergeableLayer):
             return f"init {spec.init!r} is for linear layers, and it is none"
         return None
 
-    def _add_adapter(self, spec: AdapterSpec) -> None:
+    def _add_adapter(self, spec: AdapterSpec, name: str = DEFAULT) -> None:
+        self._start_slot(self, spec)
+        self._kept = {}
+        self.merged, self.own_name = False, name
+        self.set_active([(name, 1.0)])
+
+    def add(self, name: str, spec: AdapterSpec) -> None:
+        """Put a fresh adapter beside those that are there; it is not active yet.
+
+        Raises:
+            TargetError: The layer cannot carry such an adapter.
+            AdapterStateError: It has one of that name.
+        """
+        if name in self.names:
+            raise AdapterStateError(f"the layer has an adapter {name!r} already.")
+        if reason := type(self).reason_against_spec(self, spec):
+            raise TargetError(f"the adapter cannot be put on this layer: {reason}.")
+        slot = AdapterSlot()
+        self._start_slot(slot, spec)
+        self.put_beside(name, slot)
+
+    def _start_slot(self, slot: AdapterSlot, spec: AdapterSpec) -> None:
+        """Give a slot the parameters and numbers of a fresh adapter on this layer."""
         weight = self.base_weight
         dtype = adapter_dtype(weight.dtype) if spec.dtype is None else spec.dtype
         shape_A, shape_B = self.factor_shapes(self, spec.rank)
         a = torch.empty(shape_A, dtype=dtype, device=weight.device)
         b = torch.empty(shape_B, dtype=dtype, device=weight.device)
         self.start_factors(a, b, spec)
-        self.lora_A = nn.Parameter(a)
-        self.lora_B = nn.Parameter(b)
-        self.scaling = float(spec.scaling)
-        self.dropout_p = float(spec.dropout)
-        self.merged, self.has_branch = False, True
-        self._kept = {}
-        self._factor_names = ("lora_A", "lora_B")
-        self._start_names = ()
+        slot.lora_A = nn.Parameter(a)
+        slot.lora_B = nn.Parameter(b)
+        slot.scaling = float(spec.scaling)
+        slot.dropout_p = float(spec.dropout)
+        slot._factor_names = ("lora_A", "lora_B")
+        slot._start_names = ()
         if inits.starts_nonzero(spec.init):
-            self._keep_start()
+            slot.keep_start()
         if spec.use_dora:
-            norms = dora.row_norms(*self.matrices(), self.scaling)
+            norms = dora.row_norms(*self.matrices(slot), slot.scaling)
             magnitude = norms.to(dtype).reshape(self.magnitude_shape())
-            self.lora_magnitude = nn.Parameter(magnitude)
-            self._factor_names += ("lora_magnitude",)
+            slot.lora_magnitude = nn.Parameter(magnitude)
+            slot._factor_names += ("lora_magnitude",)
         if spec.lora_bias:
             outputs = weight.shape[self.output_axis]
-            self.lora_bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=weight.device))
-            self._factor_names += ("lora_bias",)
-        self.is_plain = len(self._factor_names) == 2 and not self._start_names
-
-    def _keep_start(self) -> None:
-        """Make the factors of now the constant start, from which the update counts."""
-        self.lora_A0 = nn.Parameter(self.lora_A.detach().clone(), requires_grad=False)
-        self.lora_B0 = nn.Parameter(self.lora_B.detach().clone(), requires_grad=False)
-        self._start_names = ("lora_A0", "lora_B0")
+            slot.lora_bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=weight.device))
+            slot._factor_names += ("lora_bias",)
 
     @torch.no_grad()
     def start_at(self, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -131,8 +147,8 @@ class AdaptedLayer(MergeableLayer):
         """
         self.lora_A.copy_(lora_A)
         self.lora_B.copy_(lora_B)
-        self._keep_start()
-        self.is_plain = False
+        self.keep_start()
+        self.settle()
 
     def start_factors(self, lora_A: Tensor, lora_B: Tensor, spec: AdapterSpec) -> None:
         """Fill fresh factors; where the layer is not linear, such that their product is zero."""
@@ -147,18 +163,23 @@ class AdaptedLayer(MergeableLayer):
         """Drop the adapter and be a plain layer again, with the weight of the moment."""
         for name in (*self.own_names(), *_ATTRIBUTES):
             delattr(self, name)
+        self.forget_names()
         base = cast("nn.Module", self)
         base.__class__ = type(self).base_class
         return base
 
     def extra_repr(self) -> str:
-        """Say what the base says, the rank, the scaling and the dropout."""
+        """Say what the base says, rank, scaling and dropout, and the names of several adapters."""
         merged = ", merged" if self.merged else ""
         base = super().extra_repr()
+        named = ""
+        if self.further:
+            active = ", ".join(f"{name} x {weight:g}" for name, weight in self.active)
+            named = f", adapters={list(self.names)}, active=[{active}]"
         return (
             f"{base}{', ' if base else ''}rank={self.rank}, scaling={self.scaling:g}, "
             f"dropout={self.dropout_p:g}{''.join(f', {name}' for name in self._factor_names[2:])}"
-            f"{merged}"
+            f"{merged}{named}"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -167,7 +188,7 @@ class AdaptedLayer(MergeableLayer):
         if kind.__module__ != __name__ or kind.__qualname__ == AdaptedLayer.__qualname__:
             return super().__reduce_ex__(protocol)
         variant = next(base for base in kind.__bases__ if issubclass(base, AdaptedLayer))
-        return _rebuild, (variant, kind.base_class), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _rebuild, (variant, kind.base_class), self.__getstate__()
 
 
 _made: dict[tuple[type[AdaptedLayer], type[nn.Module]], type[AdaptedLayer]] = {}

@@ -162,5 +162,5 @@ class LoRALinear(AdaptedLayer, nn.Linear):
 
     def __getstate__(self) -> Any:
         # A group is of these very layers: copies and pickles are by themselves.
-        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        state = super().__getstate__()
         return {name: value for name, value in state.items() if name != "shared_input"}

@@ -1,229 +1,217 @@
-"""A linear layer that carries several adapters under names."""
+"""Several adapters on one layer, under names, and which of them work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gauge_ext import ops
-from gauge_ext.adapters.lora import LoRALinear
-from gauge_ext.adapters.merging import accumulation_dtype, adapter_dtype
-from gauge_ext.adapters.spec import AdapterSpec
-from gauge_ext.errors import AdapterStateError
+from gauge_ext.adapters.branches import Branch
+from gauge_ext.adapters.merging import accumulation_dtype
+from gauge_ext.adapters.parts import AdapterParts
+from gauge_ext.adapters.slot import AdapterSlot
 
-_ATTRIBUTES = ("slots", "own_name", "active", "rows")
+DEFAULT = "default"
 
 
-class AdapterSlot(nn.Module):
-    """One of the further adapters of a layer.
-
-    Attributes:
-        lora_A: ``(r, in)``.
-        lora_B: ``(out, r)``.
-        scaling: s.
-        dropout_p: p.
-    """
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    scaling: float
-    dropout_p: float
-
-    def __init__(
-        self, lora_A: nn.Parameter, lora_B: nn.Parameter, scaling: float, dropout_p: float
-    ) -> None:
-        super().__init__()
-        self.lora_A = lora_A
-        self.lora_B = lora_B
-        self.scaling = scaling
-        self.dropout_p = dropout_p
+class Slots(nn.ModuleDict):
+    """The further adapters of a layer by name."""
 
 
-class ManyLoRALinear(LoRALinear):
-    r"""A :class:`LoRALinear` with several adapters, some of them active, each with a weight.
+class NamedAdapters(AdapterParts):
+    r"""A layer whose adapters have names and weights.
 
-    .. math:: y = x W^T + b + \sum_k w_k s_k\, x A_k^T B_k^T
+    .. math:: y = \mathrm{base}(x) + \sum_k w_k\, \Delta_k(x)
 
-    or, while :attr:`rows` is set, a different adapter for each row, see
-    :func:`gauge_ext.ops.lora_gather`.
-    The first adapter keeps its place in ``lora_A`` and ``lora_B``, so that a state dict of it alone
-    still loads; the others lie in ``slots.NAME.lora_A`` and ``slots.NAME.lora_B``. A layer becomes
-    one by :meth:`adopt`, which exchanges its class; a single adapter does not pay for this.
+    over the active adapters k, where :math:`\mathrm{base}(x) + \Delta_k(x)` is what the layer
+    computes with adapter k alone; or, while :attr:`rows` is set, each row of the batch with an
+    adapter of its own.
+
+    The first adapter has its parameters in the layer itself, so a state dict of it alone loads
+    whatever stands beside it; the others have theirs in ``slots.NAME``.
 
     Attributes:
-        own_name: Name of the adapter in ``lora_A`` and ``lora_B``.
-        slots: The others by name.
-        active: Names and weights of the adapters that ``forward`` adds.
-        rows: Names of adapters of this layer and ``index``, which of them each row gets; or None.
+        own_name: Name of the first adapter.
+        active: Names and weights of the active adapters; some of them may be on other layers alone.
+        rows: Names of adapters of this layer, and which of them each row gets (-1: none); or None.
+        disabled: Whether the layer is to compute as its base.
     """
 
-    slots: nn.ModuleDict
     own_name: str
     active: tuple[tuple[str, float], ...]
-    rows: tuple[tuple[str, ...], Tensor] | None
+    rows: tuple[tuple[str, ...], Tensor] | None = None
+    disabled: bool = False
+    slots: Slots
 
-    @classmethod
-    def adopt(cls, layer: LoRALinear, name: str) -> ManyLoRALinear:
-        """Turn ``layer`` itself into one whose present adapter is called ``name``."""
-        if isinstance(layer, ManyLoRALinear):
-            return layer
-        many = cast("ManyLoRALinear", layer)
-        layer.__class__ = cls
-        many.slots = nn.ModuleDict()
-        many.own_name = name
-        many.active = ((name, 1.0),)
-        many.rows = None
-        return many
+    @property
+    def further(self) -> dict[str, AdapterSlot]:
+        """The adapters beside the first, by name."""
+        return cast("dict[str, AdapterSlot]", self._modules.get("slots") or {})
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of this layer's adapters."""
-        return (self.own_name, *self.slots)
+        return (self.own_name, *self.further)
 
-    def adapter(self, name: str) -> LoRALinear | AdapterSlot:
-        """Return what holds ``lora_A``, ``lora_B``, ``scaling`` and ``dropout_p`` of an adapter."""
-        return self if name == self.own_name else cast("AdapterSlot", self.slots[name])
+    def adapter(self, name: str) -> AdapterSlot:
+        """Return what holds the parameters, ``scaling`` and ``dropout_p`` of an adapter."""
+        return self if name == self.own_name else self.further[name]
 
-    def add(self, name: str, spec: AdapterSpec) -> None:
-        """Put a fresh adapter beside the others; it is not active yet."""
-        weight = self.base_weight
-        dtype = adapter_dtype(weight.dtype) if spec.dtype is None else spec.dtype
-        a, b = (
-            torch.empty(shape, dtype=dtype, device=weight.device)
-            for shape in self.factor_shapes(self, spec.rank)
-        )
-        self.start_factors(a, b, spec)
-        self.slots[name] = AdapterSlot(
-            nn.Parameter(a), nn.Parameter(b), float(spec.scaling), float(spec.dropout)
-        )
+    def put_beside(self, name: str, slot: AdapterSlot) -> None:
+        """Take a slot as a further adapter, which is not active yet."""
+        if "slots" not in self._modules:
+            self.slots = Slots()
+        self.slots[name] = slot.train(self.training)
 
     def remove(self, name: str) -> None:
         """Drop one of several adapters; where it was the first, the next takes its place."""
         if name == self.own_name:
-            self.own_name = next(iter(self.slots))
-            heir = cast("AdapterSlot", self.slots[self.own_name])
-            self.lora_A, self.lora_B = heir.lora_A, heir.lora_B
-            self.scaling, self.dropout_p = heir.scaling, heir.dropout_p
-            name = self.own_name
+            name = next(iter(self.further))
+            self.take(self.further[name])
+            self.own_name = name
         del self.slots[name]
+        if not self.slots:
+            del self.slots
+        self.settle()
 
     def rename(self, old: str, new: str) -> None:
         """Call an adapter otherwise; its parameters stay the same objects."""
         if old == self.own_name:
             self.own_name = new
-        else:
-            kept = {new if name == old else name: slot for name, slot in self.slots.items()}
-            self.slots = nn.ModuleDict(kept)
-        self.active = tuple((new if name == old else name, w) for name, w in self.active)
+        elif old in self.further:
+            self.slots = Slots({new if k == old else k: slot for k, slot in self.further.items()})
+        self.set_active(tuple((new if name == old else name, w) for name, w in self.active))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the output with the active adapters, or with each row's own.
+    def set_active(self, active: Sequence[tuple[str, float]]) -> None:
+        """Choose the active adapters by name and weight."""
+        self.active = tuple(active)
+        self.settle()
 
-        Raises:
-            AdapterStateError: Training with dropout, where each row has an adapter of its own or
-                the active adapters differ in it.
+    def set_rows(self, rows: tuple[tuple[str, ...], Tensor] | None) -> None:
+        """Give each row of the batches to come an adapter of its own, or no longer."""
+        self.rows = rows
+        self.settle()
+
+    def set_disabled(self, disabled: bool) -> None:
+        """Compute as the base, or no longer."""
+        self.disabled = disabled
+        self.settle()
+
+    def settle(self) -> None:
+        """Say anew in has_branch and is_plain what forward has to do."""
+        working = self.present() if self.rows is None else self.rows[0]
+        self.has_branch = not (self.merged or self.disabled) and bool(working)
+        self.is_plain = self.rows is None and self._is_plain()
+
+    def _is_plain(self) -> bool:
+        return self.has_two_factors and self.present() == [(self, 1.0)]
+
+    def present(self) -> list[tuple[AdapterSlot, float]]:
+        """Return the active adapters that this layer has, with their weights."""
+        return [(self.adapter(name), w) for name, w in self.active if name in self.names]
+
+    def sole(self) -> AdapterSlot | None:
+        """Return the one adapter that works, with weight 1, or None where it is otherwise."""
+        present = self.present()
+        return present[0][0] if len(present) == 1 and present[0][1] == 1.0 else None
+
+    def branch(self, slot: AdapterSlot, weight: float = 1.0, gain: Tensor | None = None) -> Branch:
+        """Return the branch of one adapter, with DoRA's gain, where one is given, in its B."""
+        a, b = slot.factors()
+        shift: Tensor | None = slot.branch_bias
+        if gain is not None:
+            b = (b * gain.view(-1, *(1,) * (b.dim() - 1))).to(b.dtype)
+            shift = None if shift is None else (shift * gain).to(b.dtype)
+        dropout_p = slot.dropout_p if self.training else 0.0
+        return Branch(a, b, slot.scaling * weight, dropout_p, shift)
+
+    def working(self) -> tuple[list[Branch], Tensor | None]:
+        r"""Return what ``forward`` adds to the base, and by what it scales it first.
+
+        With DoRA's gains :math:`g_k` the sum of the class is
+
+        .. math:: G \circ W x + \sum_k w_k s_k (g_k \circ B_k) A_k x, \qquad
+            G = 1 + \sum_k w_k (g_k - 1)
+
+        Returns:
+            A branch for each probability of dropout, in which the adapters that share it, and its
+            mask, lie side by side; and G, ``(out,)``, or None where no active adapter is a DoRA.
         """
-        if not self.has_branch:
-            return F.linear(input, self.weight, self.bias)
-        if self.rows is not None:
-            return self._by_rows(input, *self.rows)
-        chosen = [(self.adapter(name), weight) for name, weight in self.present()]
-        if not chosen:
-            return F.linear(input, self.weight, self.bias)
-        dropout_p, seed = self._dropout([adapter for adapter, _ in chosen]), None
-        if dropout_p > 0.0:
-            seed = ops.draw_seed()
-        a: Tensor
-        b: Tensor
-        if len(chosen) == 1:
-            ((adapter, weight),) = chosen
-            a, b, scaling = adapter.lora_A, adapter.lora_B, adapter.scaling * weight
-        else:
-            # Side by side they are one adapter, of the sum of the ranks.
-            a = torch.cat([adapter.lora_A for adapter, _ in chosen])
-            b = torch.cat([adapter.lora_B * (adapter.scaling * w) for adapter, w in chosen], 1)
-            scaling = 1.0
-        return ops.lora_linear(input, self.weight, self.bias, a, b, scaling, dropout_p, seed)
+        total, rest = None, 1.0
+        found: dict[float, list[Branch]] = {}
+        for slot, weight in self.present():
+            gain = self.gain(slot) if slot.has_magnitude else None
+            branch = self.branch(slot, weight, gain)
+            found.setdefault(branch.dropout_p, []).append(branch)
+            if gain is not None:
+                part = gain if weight == 1.0 else weight * gain
+                total, rest = part if total is None else total + part, rest - weight
+        if total is not None and rest:
+            total = total + rest
+        return [self._joined(branches) for branches in found.values()], total
 
-    def _by_rows(self, input: Tensor, names: tuple[str, ...], index: Tensor) -> Tensor:
-        adapters = [self.adapter(name) for name in names]
-        if self.training and any(adapter.dropout_p > 0.0 for adapter in adapters):
-            raise AdapterStateError(
-                "a different adapter for each row has no dropout in training.",
-                hint="Call model.eval(), or attach the adapters with dropout=0.",
-            )
-        return ops.lora_gather(
-            input,
-            self.weight,
-            self.bias,
-            [adapter.lora_A for adapter in adapters],
-            [adapter.lora_B for adapter in adapters],
-            [adapter.scaling for adapter in adapters],
-            index,
-        )
-
-    def present(self) -> list[tuple[str, float]]:
-        """Return the names and weights of the active adapters that this layer has."""
-        return [(name, w) for name, w in self.active if name == self.own_name or name in self.slots]
-
-    def _dropout(self, adapters: Iterable[LoRALinear | AdapterSlot]) -> float:
-        if not self.training:
-            return 0.0
-        found = {adapter.dropout_p for adapter in adapters}
-        if len(found) > 1:
-            raise AdapterStateError(
-                f"the active adapters differ in dropout, {sorted(found)}, and share one mask.",
-                hint="Train them one at a time, or attach them with the same dropout.",
-            )
-        return found.pop()
+    def _joined(self, branches: Sequence[Branch]) -> Branch:
+        """Branches of one dropout as one, whose scales are in B."""
+        if len(branches) == 1:
+            return branches[0]
+        pairs = [(branch.lora_A, branch.lora_B * branch.scaling) for branch in branches]
+        shifts = [b.bias * b.scaling for b in branches if b.bias is not None]
+        shift = sum(shifts[1:], shifts[0]) if shifts else None
+        return Branch(*self.side_by_side(pairs), 1.0, branches[0].dropout_p, shift)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the factors of all adapters, by their names in the module."""
-        others = {f"slots.{name}": parameter for name, parameter in self.slots.named_parameters()}
-        return {**super().adapter_parameters(), **others}
-
-    def adapter_tensors(self) -> Mapping[str, Tensor]:
-        """Return the factors of the first adapter."""
-        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        """Return what training changes of all adapters, by the names in the module."""
+        found = self.trained()
+        for name, slot in self.further.items():
+            found |= {f"slots.{name}.{key}": value for key, value in slot.trained().items()}
+        return found
 
     @torch.no_grad()
     def summed_factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return the active adapters side by side, as one of the sum of their ranks."""
-        chosen = [(self.adapter(name), weight) for name, weight in self.present()]
-        if not chosen:
-            return self.lora_A[:0], self.lora_B[:, :0], 1.0
-        if len(chosen) == 1:
-            ((adapter, weight),) = chosen
-            return adapter.lora_A, adapter.lora_B, adapter.scaling * weight
-        dtypes = [p.dtype for adapter, _ in chosen for p in (adapter.lora_A, adapter.lora_B)]
-        wide = accumulation_dtype(self.weight.dtype, *dtypes)
-        a = torch.cat([adapter.lora_A.to(wide) for adapter, _ in chosen])
+        """Return A, B and s of the sum of the active adapters, without DoRA's gain."""
+        present = self.present()
+        if not present:
+            a, b = self.factors()
+            return a[:0], b[:, :0], 1.0
+        if len(present) == 1:
+            ((slot, weight),) = present
+            return *slot.factors(), slot.scaling * weight
+        factors = [slot.factors() for slot, _ in present]
+        wide = accumulation_dtype(
+            self.base_weight.dtype, *(t.dtype for pair in factors for t in pair)
+        )
         # The scales go into B in a dtype in which they lose nothing to speak of.
-        b = [adapter.lora_B.to(wide) * (adapter.scaling * weight) for adapter, weight in chosen]
-        return a, torch.cat(b, 1), 1.0
+        pairs = [
+            (a.to(wide), b.to(wide) * (slot.scaling * weight))
+            for (slot, weight), (a, b) in zip(present, factors, strict=True)
+        ]
+        return *self.side_by_side(pairs), 1.0
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return the sum of the active adapters' updates, each times its weight."""
+        """Return ``scaling * lora_B @ lora_A`` in the layout of the weight, of all active adapters.
+
+        It is accumulated in float32, or in float64 where the base or a factor is float64, and has
+        that dtype. DoRA's gain is not in it.
+        """
         a, b, scaling = self.summed_factors()
-        dtype = accumulation_dtype(self.weight.dtype, a.dtype, b.dtype)
-        return torch.mm(b.to(dtype), a.to(dtype)).mul_(scaling)
-
-    def to_base(self) -> nn.Module:
-        """Drop all adapters and be a plain layer again, with the weight of the moment."""
-        for name in _ATTRIBUTES:
-            delattr(self, name)
-        return super().to_base()
-
-    def extra_repr(self) -> str:
-        """Say what one with a single adapter says, and the names."""
-        shown = ", ".join(f"{name} x {weight:g}" for name, weight in self.active)
-        return f"{super().extra_repr()}, adapters={list(self.names)}, active=[{shown}]"
+        dtype = accumulation_dtype(a.dtype, b.dtype, self.base_weight.dtype)
+        if not a.shape[0]:
+            return torch.zeros_like(self.mergeable_weight(), dtype=dtype)
+        return self.product(b.to(dtype), a.to(dtype)).mul_(scaling)
 
     def __getstate__(self) -> Any:
         # Rows are of one batch, not of the layer.
-        return {**super().__getstate__(), "rows": None}
+        state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
+        if state.pop("rows", None) is not None:
+            state["is_plain"] = self._is_plain()
+            state["has_branch"] = not (self.merged or self.disabled) and bool(self.present())
+        return state
+
+    def forget_names(self) -> None:
+        """Drop all adapters but the first, and everything that names need."""
+        for name in ("own_name", "active", "rows", "disabled"):
+            vars(self).pop(name, None)
+        self._modules.pop("slots", None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gauge_ext import ops
 from gauge_ext.adapters import dora
+from gauge_ext.adapters.many import NamedAdapters
 from gauge_ext.adapters.merging import (
     accumulation_dtype,
     add_product,
@@ -17,11 +18,11 @@ from gauge_ext.adapters.merging import (
     surely_finite,
 )
 from gauge_ext.adapters.ownership import is_held_alone
-from gauge_ext.adapters.parts import AdapterParts
+from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.errors import AdapterStateError
 
 
-class MergeableLayer(AdapterParts):
+class MergeableLayer(NamedAdapters):
     """A layer whose weight can take the update in and give the former weight back."""
 
     @torch.no_grad()
@@ -53,27 +54,53 @@ class MergeableLayer(AdapterParts):
         if self.merged:
             raise AdapterStateError("the layer is merged already.", hint="Call unmerge() first.")
         parts = {self.weight_name: self.base_weight, **self.adapter_parameters()}
-        magnitude = self.lora_magnitude if self.has_magnitude else None
-
-        def finish(total: Tensor) -> Tensor:
-            return total if magnitude is None else dora.rescale(total, magnitude, self.output_axis)
-
-        weight, (a, b, scaling) = self.mergeable_weight(), self.summed_factors()
-        if magnitude is None and ops.merges_in_one_pass(weight, a, b):
-            flip = self.output_axis == 1
-            new = add_product(weight, a, b, scaling, parts, transposed=flip, safe=safe)
-        else:
-            new = add_update(weight, self.delta_weight(), parts, safe=safe, finish=finish)
-        merged = {self.weight_name: new}
-        if (shift := self.branch_bias) is not None:
-            wide = accumulation_dtype(shift.dtype, weight.dtype)
-            update = shift.to(wide) * self.scaling
-            if magnitude is not None:
-                update *= self.gain()
+        merged = {self.weight_name: self._summed_weight(parts, safe=safe)}
+        present = self.present()
+        shifts = [(s, w, s.branch_bias) for s, w in present if s.branch_bias is not None]
+        if shifts:
+            weight = self.base_weight
+            wide = accumulation_dtype(weight.dtype, *(shift.dtype for *_, shift in shifts))
+            update = torch.zeros(weight.shape[self.output_axis], dtype=wide, device=weight.device)
+            for slot, w, shift in shifts:
+                part = shift.to(wide) * (slot.scaling * w)
+                update += part * self.gain(slot) if slot.has_magnitude else part
             bias = getattr(self, "bias", None)
             bias = torch.zeros_like(update, dtype=weight.dtype) if bias is None else bias
-            merged["bias"] = add_update(bias, update, {"bias": bias, "lora_bias": shift}, safe=safe)
+            merged["bias"] = add_update(bias, update, {"bias": bias, **parts}, safe=safe)
         return merged
+
+    def _summed_weight(self, parts: Mapping[str, Tensor], *, safe: bool) -> Tensor:
+        """The weight with the updates of all active adapters, each times its weight."""
+        weight, present, sole = self.mergeable_weight(), self.present(), self.sole()
+        if not present:
+            return weight.detach().clone()
+        if not any(slot.has_magnitude for slot, _ in present):
+            a, b, scaling = self.summed_factors()
+            if ops.merges_in_one_pass(weight, a, b):
+                flip = self.output_axis == 1
+                return add_product(weight, a, b, scaling, parts, transposed=flip, safe=safe)
+            return add_update(weight, self.delta_weight(), parts, safe=safe)
+        if sole is None:
+            (slot, w), *others = present
+            total = self._update_of(slot).mul_(w)
+            for slot, w in others:
+                total.add_(self._update_of(slot), alpha=w)
+            return add_update(weight, total, parts, safe=safe)
+
+        def finish(total: Tensor) -> Tensor:
+            return dora.rescale(total, sole.lora_magnitude, self.output_axis)
+
+        return add_update(weight, self.delta_weight(), parts, safe=safe, finish=finish)
+
+    def _update_of(self, slot: AdapterSlot) -> Tensor:
+        """What one adapter alone makes of the weight, minus the weight."""
+        weight, (a, b) = self.mergeable_weight(), slot.factors()
+        wide = accumulation_dtype(weight.dtype, a.dtype, b.dtype)
+        update = self.product(b.to(wide), a.to(wide)).mul_(slot.scaling)
+        if slot.has_magnitude:
+            total = dora.rescale(update.add_(weight), slot.lora_magnitude, self.output_axis)
+            update = total.sub_(weight)
+        return update
 
     def merge(self, *, safe: bool = True, keep_base: bool = True) -> None:
         """Put the update into the weight, as a new Parameter.
@@ -126,7 +153,8 @@ class MergeableLayer(AdapterParts):
         weight, factors = self.base_weight, self.summed_factors()
         add_product(weight, *factors, {}, transposed=flip, safe=False, in_place=True)
         self._kept = {}
-        self.merged, self.has_branch = True, False
+        self.merged = True
+        self.settle()
 
     def _fits_in_place(self) -> bool:
         """Whether the kernel can write the sum into the weight that there is."""
@@ -138,7 +166,9 @@ class MergeableLayer(AdapterParts):
     def _adds_a_product(self) -> bool:
         """Whether a merge adds the product of the summed factors to the weight, and no more."""
         own = type(self).merged_parameters is MergeableLayer.merged_parameters
-        return own and not self.has_magnitude and self.branch_bias is None
+        present = [slot for slot, _ in self.present()]
+        plain = all(not slot.has_magnitude and slot.branch_bias is None for slot in present)
+        return own and bool(present) and plain
 
     def adopt_merged(self, merged: Mapping[str, Tensor], *, keep_base: bool) -> None:
         """Make ``merged``, a result of :meth:`merged_parameters`, the layer's own."""
@@ -148,7 +178,8 @@ class MergeableLayer(AdapterParts):
             trained = base is not None and base.requires_grad
             setattr(self.owner, name, nn.Parameter(value, requires_grad=trained))
         self._kept = kept if keep_base else {}
-        self.merged, self.has_branch = True, False
+        self.merged = True
+        self.settle()
 
     def unmerge(self) -> None:
         """Put the base's own Parameters back.
@@ -162,7 +193,8 @@ class MergeableLayer(AdapterParts):
         for name, base in self._kept.items():
             setattr(self.owner, name, base)
         self._kept = {}
-        self.merged, self.has_branch = False, True
+        self.merged = False
+        self.settle()
 
     @property
     def can_unmerge(self) -> bool:

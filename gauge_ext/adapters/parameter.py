@@ -12,7 +12,9 @@ from gauge_ext.adapters import inits
 from gauge_ext.adapters.dtypes import FLOAT_DTYPES
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.low_rank_sum import LowRankSum
+from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.adapters.protocol import Kind
+from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.adapters.spec import AdapterSpec
 from gauge_ext.errors import TargetError
 
@@ -39,13 +41,16 @@ class LoRAParameter(AdaptedLayer):
     """
 
     kind: ClassVar[Kind] = "parameter"
+    rows_refusal = "a bare parameter is one for all rows of a batch, as in PEFT"
 
-    def __init__(self, owner: nn.Module, name: str, spec: AdapterSpec) -> None:
+    def __init__(
+        self, owner: nn.Module, name: str, spec: AdapterSpec, called: str = DEFAULT
+    ) -> None:
         super().__init__()
         # In a tuple, so that the owner does not become a submodule of its own submodule.
         self._owner = (owner,)
         self.weight_name = name
-        self._add_adapter(spec)
+        self._add_adapter(spec, called)
 
     @property
     def owner(self) -> nn.Module:
@@ -64,9 +69,13 @@ class LoRAParameter(AdaptedLayer):
         return weight.shape[0] if weight.dim() == 3 else 1
 
     @property
-    def rank(self) -> int:
-        """R, the rank of one expert's update."""
-        return self.lora_A.shape[0] // self.experts
+    def blocks(self) -> int:
+        """E: each expert has r rows of lora_A."""
+        return self.experts
+
+    def rank_of(self, slot: AdapterSlot) -> int:
+        """Return r, the rank of one expert's update."""
+        return slot.lora_A.shape[0] // self.experts
 
     @classmethod
     def reason_against_spec(cls, module: nn.Module, spec: AdapterSpec) -> str | None:
@@ -112,11 +121,12 @@ class LoRAParameter(AdaptedLayer):
     def adapted(self) -> Tensor:
         """Return ``W + s B A``, of W's shape and dtype, differentiable in the factors."""
         weight = self.base_weight
-        left, right = self._stacks(self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype))
+        (branch,), _ = self.working()  # one, as there is no dropout
+        left, right = self._stacks(branch.lora_B.to(weight.dtype), branch.lora_A.to(weight.dtype))
         stack = weight if weight.dim() == 3 else weight.unsqueeze(0)
         # Autocast would give a sum of another dtype than the parameter that it stands for.
         with torch.autocast(weight.device.type, enabled=False):
-            return torch.baddbmm(stack, left, right, alpha=self.scaling).view(weight.shape)
+            return torch.baddbmm(stack, left, right, alpha=branch.scaling).view(weight.shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return what stands for W: see the class; W where it is merged, or the branch is off."""
@@ -128,7 +138,9 @@ class LoRAParameter(AdaptedLayer):
         known = type(weight) in (nn.Parameter, Tensor)
         if weight.dim() != 3 or not known or torch.compiler.is_compiling():
             return self.adapted()
-        return LowRankSum(weight, *self._stacks(self.lora_B, self.lora_A), self.scaling)
+        (branch,), _ = self.working()
+        stacks = self._stacks(branch.lora_B, branch.lora_A)
+        return LowRankSum(weight, *stacks, branch.scaling)
 
     def to_base(self) -> nn.Module:
         """Take the adapter off its owner, with the weight of the moment, and return the owner."""
@@ -234,8 +246,10 @@ def reason_against_parameter(owner: nn.Module, name: str) -> str | None:
     return None
 
 
-def adapt_parameter(owner: nn.Module, name: str, spec: AdapterSpec) -> LoRAParameter:
-    """Put an adapter on the parameter ``name`` of ``owner`` itself and return it.
+def adapt_parameter(
+    owner: nn.Module, name: str, spec: AdapterSpec, called: str = DEFAULT
+) -> LoRAParameter:
+    """Put an adapter, ``called`` so, on the parameter ``name`` of ``owner`` itself and return it.
 
     Raises:
         TargetError: The parameter cannot carry this adapter.
@@ -243,7 +257,7 @@ def adapt_parameter(owner: nn.Module, name: str, spec: AdapterSpec) -> LoRAParam
     reason = reason_against_parameter(owner, name) or LoRAParameter.reason_against_spec(owner, spec)
     if reason:
         raise TargetError(f"an adapter cannot be put on the parameter {name}: {reason}.")
-    adapter = LoRAParameter(owner, name, spec)
+    adapter = LoRAParameter(owner, name, spec, called)
     become_holder(owner)
     owner.add_module(CHILD + name, adapter.train(owner.training))
     return adapter

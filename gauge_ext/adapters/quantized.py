@@ -8,6 +8,8 @@ from typing import Any, Protocol, cast, runtime_checkable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gauge_ext.adapters.additive import AdditiveLayer
+from gauge_ext.adapters.branches import Branch, low_rank
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.errors import AdapterStateError
 
@@ -73,7 +75,7 @@ def is_encoded(tensor: Tensor) -> bool:
     return type(tensor).dequantize is not Tensor.dequantize
 
 
-class LoRAQuantized(AdaptedLayer):
+class LoRAQuantized(AdditiveLayer):
     r"""A linear layer on a quantized weight with a LoRA adapter (arXiv:2305.14314, equation 5).
 
     .. math:: y = \mathrm{base}(x) + s\,(x \circ M / (1 - p))\, A^T B^T
@@ -170,17 +172,16 @@ class LoRAQuantized(AdaptedLayer):
         bias = cast("Tensor | None", getattr(self, "bias", None))
         if self.merged:
             return F.linear(x, cast("Tensor", self.weight), bias)
-        y = cast("Tensor", type(self).base_class.forward(self, x))
         if not self.has_branch:
-            return y
-        lora_A, lora_B = self.factors()
-        inputs = F.dropout(x, self.dropout_p, self.training).to(lora_A.dtype)
-        update = F.linear(F.linear(inputs, lora_A), lora_B, self.branch_bias)
-        # torch.add(..., alpha=) is one pass less, but inductor of torch 2.13 loses an alpha beside
-        # a product of matrices: compiled, the layer would add the update without its scaling.
-        if not self.has_magnitude:
-            return y + (update * self.scaling).to(y.dtype)
-        # DoRA scales W x and its update, and not the bias.
-        product = y if bias is None else y - bias
-        scaled = self.gain() * (product + update * self.scaling)
-        return (scaled if bias is None else scaled + bias).to(y.dtype)
+            return self.base_output(x, with_bias=True)
+        return self.adapted_output(x, bias)
+
+    def base_output(self, x: Tensor, *, with_bias: bool) -> Tensor:
+        """Return the base's own output; its bias is taken off again where it is not wanted."""
+        y = cast("Tensor", type(self).base_class.forward(self, x))
+        bias = cast("Tensor | None", getattr(self, "bias", None))
+        return y if with_bias or bias is None else y - bias
+
+    def branch_output(self, x: Tensor, branch: Branch) -> Tensor:
+        """Return the low-rank product, ``(*batch, out)``."""
+        return low_rank(x, branch)

@@ -9,6 +9,7 @@ from gauge_ext.adapters.conv import LoRAConv
 from gauge_ext.adapters.embedding import LoRAEmbedding
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.lora import LoRALinear
+from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.adapters.quantized import LoRAQuantized
 from gauge_ext.adapters.spec import AdapterSpec
 from gauge_ext.adapters.transposed import LoRATransposed
@@ -27,20 +28,27 @@ VARIANTS: tuple[type[AdaptedLayer], ...] = (
 
 
 def variant_for(module: nn.Module) -> type[AdaptedLayer] | None:
-    """Return the variant that can stand in for the class of ``module``, if there is one."""
+    """Return the variant that stands in for ``module``, or can, if there is one."""
+    if isinstance(module, AdaptedLayer):
+        return next((variant for variant in VARIANTS if isinstance(module, variant)), None)
     return next((variant for variant in VARIANTS if variant.matches(module)), None)
 
 
-def adapt(module: nn.Module, spec: AdapterSpec) -> AdaptedLayer:
+def adapt(module: nn.Module, spec: AdapterSpec, name: str = DEFAULT) -> AdaptedLayer:
     """Turn ``module`` itself into an adapted layer of its kind and return it.
+
+    Args:
+        module: A layer of one of the kinds above.
+        spec: Rank, scaling and the like.
+        name: What the adapter is called.
 
     Raises:
         TargetError: It cannot carry the adapter; the message says why.
     """
     variant = variant_for(module)
-    if variant is None:
+    if variant is None or isinstance(module, AdaptedLayer):
         raise TargetError(f"an adapter cannot be put on this layer: {unsupported_reason(module)}.")
-    return variant.adapt(module, spec)
+    return variant.adapt(module, spec, name)
 
 
 def unsupported_reason(module: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext.adapters.layer import AdaptedLayer
+from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.adapters.merging import adapter_dtype
 from gauge_ext.adapters.parameter import become_holder, leave_holder, reason_against_parameter
 from gauge_ext.adapters.protocol import Kind
@@ -27,16 +28,20 @@ class TrainedTokens(AdaptedLayer):
     Args:
         owners: The module that holds W, and those that share it.
         indices: The tokens.
+        name: What the adapter is called that they belong to.
 
     Raises:
         TargetError: A module cannot carry it, or a token is beyond the table.
     """
 
     kind: ClassVar[Kind] = "tokens"
+    rows_refusal = "the rows of trained tokens stand in one table for the whole batch"
     indices: Tensor
     trainable_tokens_delta: nn.Parameter
 
-    def __init__(self, owners: Sequence[nn.Module], indices: Sequence[int]) -> None:
+    def __init__(
+        self, owners: Sequence[nn.Module], indices: Sequence[int], name: str = DEFAULT
+    ) -> None:
         super().__init__()
         self._owners = tuple(owners)
         for owner in owners:
@@ -55,10 +60,10 @@ class TrainedTokens(AdaptedLayer):
         self.register_buffer("indices", place, persistent=False)
         rows = weight.detach()[place].to(adapter_dtype(weight.dtype), copy=True)
         self.trainable_tokens_delta = nn.Parameter(rows)
-        self.scaling, self.dropout_p, self.is_plain = 1.0, 0.0, False
-        self.merged, self.has_branch = False, True
-        self._kept = {}
+        self.scaling, self.dropout_p, self.merged, self._kept = 1.0, 0.0, False, {}
         self._factor_names, self._start_names = ("trainable_tokens_delta",), ()
+        self.own_name = name
+        self.set_active([(name, 1.0)])
         for owner in owners:
             become_holder(owner)
             vars(owner)["_tied"] = (self,)
@@ -79,8 +84,11 @@ class TrainedTokens(AdaptedLayer):
         return self._with_rows() if self.has_branch else self.base_weight
 
     def _with_rows(self) -> Tensor:
-        weight = self.base_weight
-        return weight.index_copy(0, self.indices, self.trainable_tokens_delta.to(weight.dtype))
+        weight, number = self.base_weight, sum(number for _, number in self.present())
+        rows = self.trainable_tokens_delta.to(weight.dtype)
+        if number != 1.0:  # of the way from the base's rows to these
+            rows = torch.lerp(weight[self.indices], rows, number)
+        return weight.index_copy(0, self.indices, rows)
 
     def adapter_tensors(self) -> Mapping[str, Tensor]:
         """Return the rows."""

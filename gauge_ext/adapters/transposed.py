@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from gauge_ext.adapters import branches
 from gauge_ext.adapters.layer import AdaptedLayer
+from gauge_ext.adapters.slot import AdapterSlot
 
 
 class LoRATransposed(AdaptedLayer):
@@ -46,9 +47,9 @@ class LoRATransposed(AdaptedLayer):
         """Return ``(B A)ᵀ``, ``(in, out)``."""
         return torch.mm(lora_A.mT, lora_B.mT)
 
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weight transposed, ``(out, in)``, A and B."""
-        return self.weight.mT, *self.factors()
+    def matrices(self, slot: AdapterSlot) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weight transposed, ``(out, in)``, and A and B of an adapter."""
+        return self.weight.mT, *slot.factors()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted layer's output.

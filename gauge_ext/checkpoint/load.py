@@ -11,18 +11,26 @@ import torch
 from torch import nn
 
 from gauge_ext.adapters import AdaptedLayer, variant_for
+from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.checkpoint.placing import placed
 from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, TargetError
 from gauge_ext.models import whole
-from gauge_ext.models.attach import (
+from gauge_ext.models.adapted import (
     attachment,
-    detach,
+    base_modules,
     lora_layers,
-    put_on,
     record,
     unwrap,
     whole_parameters,
+)
+from gauge_ext.models.attach import detach, put_on
+from gauge_ext.models.many import delete_adapter
+from gauge_ext.models.roster import (
+    adapter_names,
+    require_new_name,
+    require_unmerged,
+    sole_name,
 )
 from gauge_ext.models.targets import blocker, nearest_hint
 
@@ -33,17 +41,21 @@ def load_adapter(
     model: ModelT,
     path: str | os.PathLike[str],
     *,
+    name: str | None = None,
     trainable: bool = True,
     allow_pickle: bool = False,
 ) -> ModelT:
     """Put the adapter in a folder onto ``model``, in place; on a failure nothing is changed.
 
-    A bare model gets adapters on exactly the layers that the file names; everything else is frozen.
-    A model that has adapters of the same shape gets the file's values, scaling and config.
+    The model gets adapters on exactly the layers that the file names; a bare one's other parameters
+    are frozen. An adapter of that name that is there already, of the same shapes, gets the file's
+    values, scaling and config. A further adapter is not active, see
+    :func:`gauge_ext.set_adapters`.
 
     Args:
-        model: The base that the adapter was made for, bare or with such adapters.
+        model: The base that the adapter was made for, bare or with adapters.
         path: The adapter's folder in PEFT's format.
+        name: What it is to be called; None: as the only adapter that is there, or ``default``.
         trainable: Whether the adapters require gradients.
         allow_pickle: See :func:`~gauge_ext.checkpoint.read_adapter`.
 
@@ -57,47 +69,70 @@ def load_adapter(
         AdapterMismatchError: The adapter is for another model: unknown modules, other shapes,
             another rank, or layers for which it has no weights.
         TargetError: A layer that it names cannot carry an adapter.
-        AdapterStateError: The model's adapters are merged; or the file holds parameters of a base
-            that is on the meta device.
+        AdapterStateError: The model's adapters are merged, or it has several and no name is given;
+            or the file holds parameters of a base that is on the meta device.
+        ConfigError: The name cannot be used, or a further adapter holds parameters that are trained
+            whole.
     """
     checkpoint = read_adapter(path, allow_pickle=allow_pickle)
     inner = unwrap(model)
     checkpoint, parameters = placed(checkpoint, inner)
-    if present := _low_rank(inner):
-        _require_same(inner, checkpoint, present)
+    others = adapter_names(inner)
+    if name is None:
+        name = sole_name(inner, "exchanged") if others else DEFAULT
+    present = _low_rank(inner, name) if name in others else {}
+    if present:
+        _require_same(inner, checkpoint, present, name)
+        done = attachment(inner)
         config = dataclasses.replace(
-            checkpoint.config, adapter_dtype=attachment(inner).config.adapter_dtype
+            checkpoint.config, adapter_dtype=done.configs[name].adapter_dtype
         )
-        record(inner, dataclasses.replace(attachment(inner), config=config))
+        record(inner, dataclasses.replace(done, configs={**done.configs, name: config}))
     else:
+        require_new_name(inner, name)
+        require_unmerged(inner)
         layers = _layers_for(inner, checkpoint)
-        put_on(inner, checkpoint.config, layers, {}, parameters)
+        put_on(inner, checkpoint.config, layers, {}, parameters, name)
     try:
         if parameters and not present:
-            _require_shapes(checkpoint, _low_rank(inner))
-        _fill(checkpoint, _low_rank(inner), trainable=trainable)
-        _fill_whole(checkpoint, inner, trainable=trainable)
+            _require_shapes(checkpoint, _low_rank(inner, name))
+        _fill(checkpoint, _low_rank(inner, name), name, trainable=trainable)
+        if name == next(iter(attachment(inner).configs)):
+            _fill_whole(checkpoint, inner, trainable=trainable)
+        else:
+            _require_base(checkpoint, inner)
     except BaseException:
-        if not present:
+        if not present and others:
+            delete_adapter(inner, name)
+        elif not present:
             detach(inner)
         raise
     return model
 
 
-def _low_rank(model: nn.Module) -> dict[str, AdaptedLayer]:
-    return {name: layer for name, layer in lora_layers(model).items() if layer.kind != "tokens"}
+def _low_rank(model: nn.Module, name: str) -> dict[str, AdaptedLayer]:
+    """The layers that have a low-rank adapter of that name."""
+    return {
+        path: layer
+        for path, layer in lora_layers(model).items()
+        if layer.kind != "tokens" and name in layer.names
+    }
 
 
 @torch.no_grad()
 def _fill(
-    checkpoint: AdapterCheckpoint, layers: Mapping[str, AdaptedLayer], *, trainable: bool
+    checkpoint: AdapterCheckpoint,
+    layers: Mapping[str, AdaptedLayer],
+    name: str,
+    *,
+    trainable: bool,
 ) -> None:
-    for name, pair in checkpoint.tensors.items():
-        layer = layers[name]
-        parameters = layer.adapter_parameters()
+    for path, pair in checkpoint.tensors.items():
+        slot = layers[path].adapter(name)
+        parameters = slot.trained()
         if parameters.keys() != pair.tensors.keys():
             raise AdapterMismatchError(
-                f"the adapter at {name!r} consists of {', '.join(parameters)}, and that in "
+                f"the adapter at {path!r} consists of {', '.join(parameters)}, and that in "
                 f"{checkpoint.path} of {', '.join(pair.tensors)}.",
                 hint="use_dora and lora_bias of the config say what there has to be.",
             )
@@ -105,13 +140,13 @@ def _fill(
             if (here := parameters[factor]).is_meta:
                 # A base that has its weights yet to come; the adapter has its own from now on.
                 here = nn.Parameter(tensor.to(here.dtype, copy=True))
-                setattr(layer, factor, here)
+                setattr(slot, factor, here)
             else:
                 here.copy_(tensor)
             here.requires_grad_(trainable)
-        named = checkpoint.config.name_for(name, pair.kind)
-        layer.scaling = checkpoint.config.scaling_for(named)
-        layer.dropout_p = checkpoint.config.dropout
+        named = checkpoint.config.name_for(path, pair.kind)
+        slot.scaling = checkpoint.config.scaling_for(named)
+        slot.dropout_p = checkpoint.config.dropout
 
 
 @torch.no_grad()
@@ -123,22 +158,8 @@ def _fill_whole(checkpoint: AdapterCheckpoint, model: nn.Module, *, trainable: b
             f"{checkpoint.path} lacks {len(lacking)} parameters that its config says were trained "
             f"whole (modules_to_save, bias): {_some(lacking)}."
         )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     for path, value in checkpoint.whole.items():
-        here = parameters.get(path)
-        if here is None or here.shape != value.shape:
-            shape = "none of that name" if here is None else f"one of shape {tuple(here.shape)}"
-            raise AdapterMismatchError(
-                f"{checkpoint.path} holds the parameter {path!r} of shape {tuple(value.shape)}, "
-                f"and this {type(model).__name__} has {shape}.",
-                hint="If the vocabulary was resized for training, resize the model's first.",
-            )
-        if here.is_meta:
-            raise AdapterStateError(
-                f"{checkpoint.path} holds the parameter {path!r} of the base, which is on the meta "
-                "device and would take its own values later.",
-                hint="Load the base's weights first, and then the adapter.",
-            )
+        here = _same_shape(checkpoint, model, path)
         if path in trained:
             here.copy_(value)
             here.requires_grad_(trainable)
@@ -151,9 +172,41 @@ def _fill_whole(checkpoint: AdapterCheckpoint, model: nn.Module, *, trainable: b
             record(model, dataclasses.replace(done, whole={**done.whole, **own}))
 
 
+def _require_base(checkpoint: AdapterCheckpoint, model: nn.Module) -> None:
+    """Refuse a further adapter that was trained on a base with other values than this one's."""
+    for path, value in checkpoint.whole.items():
+        here = _same_shape(checkpoint, model, path)
+        if not torch.equal(here, value.to(here.device, here.dtype)):
+            raise AdapterMismatchError(
+                f"{checkpoint.path} brings values of its own for the base's {path!r}, and the base "
+                "is shared with the adapters that are there.",
+                hint="Load it first, or onto a copy of the model.",
+            )
+
+
+def _same_shape(checkpoint: AdapterCheckpoint, model: nn.Module, path: str) -> nn.Parameter:
+    """The model's parameter at ``path``, if it is as large as the file's."""
+    here = dict(model.named_parameters(remove_duplicate=False)).get(path)
+    value = checkpoint.whole[path]
+    if here is None or here.shape != value.shape:
+        shape = "none of that name" if here is None else f"one of shape {tuple(here.shape)}"
+        raise AdapterMismatchError(
+            f"{checkpoint.path} holds the parameter {path!r} of shape {tuple(value.shape)}, "
+            f"and this {type(model).__name__} has {shape}.",
+            hint="If the vocabulary was resized for training, resize the model's first.",
+        )
+    if here.is_meta:
+        raise AdapterStateError(
+            f"{checkpoint.path} holds the parameter {path!r} of the base, which is on the meta "
+            "device and would take its own values later.",
+            hint="Load the base's weights first, and then the adapter.",
+        )
+    return here
+
+
 def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn.Module]:
     """Return the layers of a bare model that the file names, if it fits them."""
-    modules = dict(model.named_modules())
+    modules = base_modules(model)
     names = [name for name, pair in checkpoint.tensors.items() if pair.kind != "parameter"]
     if unknown := [name for name in names if name not in modules]:
         raise _other_model(model, checkpoint, unknown)
@@ -219,7 +272,10 @@ def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _require_same(
-    model: nn.Module, checkpoint: AdapterCheckpoint, layers: Mapping[str, AdaptedLayer]
+    model: nn.Module,
+    checkpoint: AdapterCheckpoint,
+    layers: Mapping[str, AdaptedLayer],
+    called: str,
 ) -> None:
     """Check that the adapters on the model have the names, shapes and ranks of the file's."""
     attachment(model)  # says what is wrong where only a part of the model has adapters
@@ -239,13 +295,13 @@ def _require_same(
         )
     _require_shapes(checkpoint, layers)
     for name, layer in layers.items():
-        pair = checkpoint.tensors[name]
-        if pair.kind != "parameter" and layer.rank != pair.rank:
+        pair, slot = checkpoint.tensors[name], layer.adapter(called)
+        if pair.lora_A.shape != slot.lora_A.shape:
             raise AdapterMismatchError(
-                f"the adapter at {name!r} has rank {layer.rank}, lora_A "
-                f"{tuple(layer.lora_A.shape)}, and that in {checkpoint.path} has rank "
+                f"the adapter at {name!r} has rank {layer.rank_of(slot)}, lora_A "
+                f"{tuple(slot.lora_A.shape)}, and that in {checkpoint.path} has rank "
                 f"{pair.lora_A.shape[0]}, lora_A {tuple(pair.lora_A.shape)}.",
-                hint="Call gauge_ext.detach() first, and load onto the bare model.",
+                hint="Load it under a name of its own, or call gauge_ext.detach() first.",
             )
 
 
@@ -253,7 +309,7 @@ def _other_model(
     model: nn.Module, checkpoint: AdapterCheckpoint, unknown: list[str]
 ) -> AdapterMismatchError:
     names = list(checkpoint.tensors)
-    modules = {name for name, _ in model.named_modules()}
+    modules = base_modules(model)
     hint = nearest_hint(model, dict.fromkeys(name.rpartition(".")[2] for name in unknown))
     for module in modules:
         holder = module.removesuffix(f".{names[0]}")

@@ -8,27 +8,27 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gauge_ext.adapters import LoRALinear
-from gauge_ext.adapters.many import ManyLoRALinear
+from gauge_ext.adapters import AdaptedLayer
+from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.checkpoint.format import CONFIG_NAME, LoRAPair
 from gauge_ext.checkpoint.load import load_adapter
-from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
-from gauge_ext.checkpoint.write import describe, write_adapter
-from gauge_ext.errors import AdapterFormatError, AdapterMismatchError, AdapterStateError
-from gauge_ext.models.attach import lora_layers, unwrap
-from gauge_ext.models.many import (
-    adapter_factors,
-    add_adapter,
-    delete_adapter,
-    named_config,
-    rename_adapter,
+from gauge_ext.checkpoint.placing import placed
+from gauge_ext.checkpoint.read import read_adapter
+from gauge_ext.checkpoint.write import save_adapter
+from gauge_ext.errors import AdapterFormatError, AdapterMismatchError
+from gauge_ext.models.adapted import lora_layers, unwrap
+from gauge_ext.models.roster import (
+    adapter_names,
+    require_names,
+    require_new_name,
+    require_unmerged,
+    sole_name,
 )
-from gauge_ext.models.roster import DEFAULT, adapter_names
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -51,19 +51,12 @@ def save_adapters(
         NonFiniteError: A factor holds NaN or infinity.
         WriteError: The system refused a write.
     """
-    inner = unwrap(model)
-    wanted = list(adapter_names(inner) if names is None else names)
+    names = adapter_names(model) if names is None else tuple(names)
+    require_names(unwrap(model), names)
     written = {}
-    for name in sorted(wanted, key=lambda name: name != DEFAULT):  # the root first
-        holders = adapter_factors(inner, name)
-        pairs = {
-            module: LoRAPair(cast("Tensor", holder.lora_A), cast("Tensor", holder.lora_B))
-            for module, holder in holders.items()
-        }
+    for name in sorted(names, key=lambda name: name != DEFAULT):  # the root first
         folder = Path(path) if name == DEFAULT else Path(path) / name
-        written[name] = write_adapter(
-            describe(inner, named_config(inner, name), pairs), pairs, folder
-        )
+        written[name] = save_adapter(model, folder, name=name)
     return written
 
 
@@ -76,7 +69,7 @@ def load_adapters(
     """Put adapters from disk onto ``model`` under names, beside those that are there.
 
     Args:
-        model: A bare model, or one with adapters on ``nn.Linear`` layers.
+        model: A bare model, or one with adapters.
         folders: A folder that :func:`save_adapters` or PEFT wrote, with ``default`` in its root and
             others below; or name -> folder. The first adapter of a bare model is active.
         trainable: Whether they require gradients.
@@ -90,75 +83,84 @@ def load_adapters(
         AdapterMismatchError: An adapter is for another model.
         AdapterStateError: There is an adapter of that name, or the adapters are merged.
     """
-    inner = unwrap(model)
     for name, folder in _folders(folders).items():
-        if not lora_layers(inner):
-            load_adapter(inner, folder, trainable=trainable)
-            if name != DEFAULT:
-                rename_adapter(inner, DEFAULT, name)
-            continue
-        checkpoint = read_adapter(folder)
-        _require_modules(inner, checkpoint)
-        add_adapter(inner, checkpoint.config, name)
-        try:
-            _fill(checkpoint, adapter_factors(inner, name), trainable=trainable)
-        except BaseException:
-            delete_adapter(inner, name)
-            raise
+        require_new_name(unwrap(model), name)
+        load_adapter(model, folder, name=name, trainable=trainable)
     return model
 
 
 @torch.no_grad()
-def swap_adapter(model: ModelT, path: str | os.PathLike[str], name: str = DEFAULT) -> ModelT:
+def swap_adapter(model: ModelT, path: str | os.PathLike[str], name: str | None = None) -> ModelT:
     """Write another adapter's values into the parameters of one that is there.
 
     The parameters stay the same objects, at the same addresses, and no number that
     ``torch.compile`` has looked at changes: nothing is allocated on the model and nothing compiled
     again. An adapter of a lower rank is filled up with zeros, through which no gradient flows: such
-    an adapter is for use, not for training. The scaling stays as it is, and ``lora_B`` makes up for
-    the difference to the file's.
+    an adapter is for use, not for training. The scaling stays as it is, and ``lora_B`` and
+    ``lora_bias`` make up for the difference to the file's.
 
     Args:
-        model: A model with adapters on the same ``nn.Linear`` layers.
+        model: A model with adapters on the same layers, of any kind.
         path: The folder of the other adapter.
-        name: Which adapter gets its values.
+        name: Which adapter gets its values; None: the only one, or the only active one.
 
     Returns:
         ``model``.
 
     Raises:
-        AdapterMismatchError: It is for other layers, or of a higher rank; nothing is changed.
+        AdapterMismatchError: It is for other layers, of a higher rank, or consists of other
+            tensors (DoRA, ``lora_bias``); nothing is changed.
         AdapterStateError: There is no adapter of that name, or the adapters are merged.
     """
     inner = unwrap(model)
-    checkpoint = read_adapter(path)
-    holders = _holders(inner, name)
-    if set(holders) != set(checkpoint.tensors):
-        other = sorted(set(holders) ^ set(checkpoint.tensors))
+    name = sole_name(inner, "swapped") if name is None else name
+    require_names(inner, [name])
+    require_unmerged(inner)
+    checkpoint, _ = placed(read_adapter(path), inner)
+    layers = {at: layer for at, layer in lora_layers(inner).items() if name in layer.names}
+    if set(layers) != set(checkpoint.tensors):
+        other = sorted(set(layers) ^ set(checkpoint.tensors))
         raise AdapterMismatchError(
             f"{path} and the adapter {name!r} on the model are for other layers; only one of them "
             f"has {other[0]!r}.",
-            hint="Load it under a name of its own with load_adapters().",
+            hint="Load it under a name of its own with load_adapter().",
         )
-    for module, holder in holders.items():
-        a, b = (cast("Tensor", getattr(holder, factor)) for factor in ("lora_A", "lora_B"))
-        pair = checkpoint.tensors[module]
-        fits = pair.lora_A.shape[1:] == a.shape[1:] and pair.lora_B.shape[0] == b.shape[0]
-        if not fits or pair.rank > len(a):
-            raise AdapterMismatchError(
-                f"the adapter {name!r} at {module!r} has lora_A {tuple(a.shape)} and lora_B "
-                f"{tuple(b.shape)}; {path} has {tuple(pair.lora_A.shape)} and "
-                f"{tuple(pair.lora_B.shape)}.",
-                hint="It may have a lower rank, not a higher one: attach with the highest.",
-            )
-    for module, holder in holders.items():
-        pair, scaling = checkpoint.tensors[module], cast("float", holder.scaling)
-        a, b = (cast("Tensor", getattr(holder, factor)) for factor in ("lora_A", "lora_B"))
-        a.zero_()[: pair.rank].copy_(pair.lora_A)
-        b.zero_()[:, : pair.rank].copy_(
-            pair.lora_B.double() * (checkpoint.config.scaling_for(module) / scaling)
-        )
+    for module, layer in layers.items():
+        _require_room(layer, name, checkpoint.tensors[module], module, path)
+    for module, layer in layers.items():
+        pair, slot = checkpoint.tensors[module], layer.adapter(name)
+        named = checkpoint.config.name_for(module, pair.kind)
+        ratio = checkpoint.config.scaling_for(named) / slot.scaling
+        layer.fill(slot, pair.lora_A, pair.lora_B.double() * ratio)
+        if pair.lora_magnitude is not None:
+            slot.lora_magnitude.copy_(pair.lora_magnitude)
+        if pair.lora_bias is not None:
+            slot.lora_bias.copy_(pair.lora_bias.double() * ratio)
     return model
+
+
+def _require_room(
+    layer: AdaptedLayer, name: str, pair: LoRAPair, module: str, path: str | os.PathLike[str]
+) -> None:
+    slot = layer.adapter(name)
+    if {*pair.tensors} != {*slot.own_names()}:
+        raise AdapterMismatchError(
+            f"the adapter {name!r} at {module!r} consists of {', '.join(slot.own_names())}; {path} "
+            f"has {', '.join(pair.tensors)}.",
+            hint="Load it under a name of its own with load_adapter().",
+        )
+    (own_A, own_B), (a, b) = (slot.lora_A, slot.lora_B), (pair.lora_A, pair.lora_B)
+    same = a.shape[1:] == own_A.shape[1:] and (b.shape[0], *b.shape[2:]) == (
+        own_B.shape[0],
+        *own_B.shape[2:],
+    )
+    fits = same and a.shape[0] % layer.blocks == 0 and b.shape[1] <= own_B.shape[1]
+    if not fits or a.shape[0] > own_A.shape[0]:
+        raise AdapterMismatchError(
+            f"the adapter {name!r} at {module!r} has lora_A {tuple(own_A.shape)} and lora_B "
+            f"{tuple(own_B.shape)}; {path} has {tuple(a.shape)} and {tuple(b.shape)}.",
+            hint="It may have a lower rank, not a higher one: attach with the highest.",
+        )
 
 
 def _folders(
@@ -176,55 +178,3 @@ def _folders(
             f"there is no adapter in {root}: neither it nor a folder in it has {CONFIG_NAME}."
         )
     return found
-
-
-def _holders(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    layers = lora_layers(model)
-    if any(layer.merged for layer in layers.values()):
-        raise AdapterStateError(
-            "the model's adapters are merged.", hint="Call gauge_ext.unmerge() first."
-        )
-    named_config(model, name)  # says so where there is none
-    if any(isinstance(layer, ManyLoRALinear) for layer in layers.values()):
-        return adapter_factors(model, name)
-    # One that was only attached stays what it is, class and all.
-    if strange := [path for path, layer in layers.items() if not isinstance(layer, LoRALinear)]:
-        raise AdapterMismatchError(
-            f"{strange[0]} is not a linear layer, and only those can be swapped.",
-            hint="Use load_adapter(), which takes any layer.",
-        )
-    return dict(layers)
-
-
-def _require_modules(model: nn.Module, checkpoint: AdapterCheckpoint) -> None:
-    modules = dict(model.named_modules())
-    if unknown := [name for name in checkpoint.tensors if name not in modules]:
-        raise AdapterMismatchError(
-            f"{checkpoint.path} is for another model: {len(unknown)} of its "
-            f"{len(checkpoint.tensors)} modules are not in this {type(model).__name__}, the first "
-            f"of them {unknown[0]!r}."
-        )
-
-
-@torch.no_grad()
-def _fill(
-    checkpoint: AdapterCheckpoint, holders: Mapping[str, nn.Module], *, trainable: bool
-) -> None:
-    if set(holders) != set(checkpoint.tensors):
-        other = sorted(set(holders) ^ set(checkpoint.tensors))
-        raise AdapterMismatchError(
-            f"{checkpoint.path} and its target_modules mean other layers of this model; only one "
-            f"of them has {other[0]!r}.",
-            hint="It was made for a model with other layers, or is not complete.",
-        )
-    for module, holder in holders.items():
-        for factor, tensor in checkpoint.tensors[module].tensors.items():
-            parameter = holder.get_parameter(factor)
-            if parameter.shape != tensor.shape:
-                raise AdapterMismatchError(
-                    f"the adapter for {module!r} does not fit: it has {factor} "
-                    f"{tuple(tensor.shape)}, and the model needs {tuple(parameter.shape)}.",
-                    hint="It was made for a model of another size.",
-                )
-            parameter.copy_(tensor)
-            parameter.requires_grad_(trainable)

@@ -18,7 +18,7 @@ from gauge_ext.checkpoint.read import AdapterCheckpoint
 from gauge_ext.checkpoint.write import plain_paths, write_adapter
 from gauge_ext.errors import AdapterStateError
 from gauge_ext.geometry.low_rank import RowBlocks, nearest_low_rank
-from gauge_ext.models.attach import attached_modules, attachment, unwrap
+from gauge_ext.models.adapted import attached_modules, attachment, unwrap
 from gauge_ext.models.fidelity import LayerFidelity, MergeFidelity, linear_layers
 from gauge_ext.models.merge import merge, naming
 

@@ -38,8 +38,15 @@ from gauge_ext.checkpoint.nesting import file_names
 from gauge_ext.checkpoint.portable import make_portable
 from gauge_ext.checkpoint.staging import staged_folder, write_bytes
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError, NonFiniteError
-from gauge_ext.models import adapter_config, adapters, lora_layers, whole_parameters
-from gauge_ext.models.attach import unwrap
+from gauge_ext.models.adapted import (
+    adapter_config,
+    adapters,
+    base_modules,
+    lora_layers,
+    unwrap,
+    whole_parameters,
+)
+from gauge_ext.models.roster import adapter_names, sole_name
 
 # Names of the modules whose base weight PEFT saves along where they are adapted.
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
@@ -49,10 +56,11 @@ def save_adapter(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    name: str | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
     portable: bool = False,
 ) -> Path:
-    """Write the adapters of ``model`` to a folder in PEFT's format.
+    """Write an adapter of ``model`` to a folder in PEFT's format.
 
     The folder gets ``adapter_config.json``, ``adapter_model.safetensors`` and, unless it has one,
     a ``README.md``. It is written whole or not at all; an adapter that lies there is replaced.
@@ -60,6 +68,7 @@ def save_adapter(
     Args:
         model: A model with adapters, merged or not.
         path: The folder; it is made if need be.
+        name: Which of several adapters; None: the only one, or the only active one.
         save_embedding_layers: Whether the base's table goes along with the adapter of an input or
             output embedding. "auto" is PEFT's rule: where ``target_modules`` names ``embed_tokens``
             or ``lm_head``.
@@ -70,28 +79,36 @@ def save_adapter(
         The folder.
 
     Raises:
-        AdapterStateError: No adapters are attached, or a layer was changed so that its config does
-            not describe it any more.
+        AdapterStateError: No adapters are attached, none of that name, or several and it is not
+            said which; or a layer was changed so that its config does not describe it any more.
         NonFiniteError: A factor holds NaN or infinity.
         ConfigError: The config's ``extra`` holds what JSON cannot.
         WriteError: The system refused a write; nothing is left or changed at ``path``.
     """
     inner = unwrap(model)
-    layers = adapters(inner)
-    pairs = {name: LoRAPair.of(layer) for name, layer in layers.items()}
-    if lora_layers(inner) or not layers:
-        config = adapter_config(inner)
-    else:  # adapters that hold their base have no config but themselves
-        scalings = {name: layer.scaling for name, layer in layers.items()}
+    layers: dict[str, Adapter] = dict(adapters(inner))
+    named = bool(lora_layers(inner)) or not layers
+    if named:
+        name = sole_name(inner, "saved") if name is None else name
+        config = adapter_config(inner, name)
+        layers = {
+            path: layer
+            for path, layer in layers.items()
+            if not isinstance(layer, AdaptedLayer) or name in layer.names
+        }
+    parts = {path: _parts(layer, name) for path, layer in layers.items()}
+    pairs = {path: pair for path, (pair, _, _) in parts.items()}
+    scalings = {path: scaling for path, (_, _, scaling) in parts.items()}
+    if not named:  # adapters that hold their base have no config but themselves
         config = describe_pairs(pairs, scaling=scalings, modules=plain_paths(inner))
-    for name, layer in layers.items():
-        _check(name, layer, config)
-        _require_finite(name, pairs[name])
+    for at, (pair, rank, scaling) in parts.items():
+        _check(at, pair, rank, scaling, config)
+        _require_finite(at, pair)
     targets = [n for n, layer in layers.items() if layer.kind not in ("out_proj", "parameter")]
     config = describe(inner, config, targets)
-    on_parameters = [name for name, pair in pairs.items() if pair.kind == "parameter"]
+    on_parameters = [path for path, pair in pairs.items() if pair.kind == "parameter"]
     started = any(
-        pair.rank != layers[name].rank for name, pair in pairs.items() if name not in on_parameters
+        pair.rank != rank for path, (pair, rank, _) in parts.items() if path not in on_parameters
     )
     if on_parameters and (portable or started):
         raise ConfigError(
@@ -101,7 +118,6 @@ def save_adapter(
         )
     if portable or started:
         # A start that took from the base makes an update of twice the rank.
-        scalings = {name: layer.scaling for name, layer in layers.items()}
         if portable:
             pairs = make_portable(pairs, scalings)
             scalings = dict.fromkeys(pairs, 1.0)
@@ -119,10 +135,13 @@ def save_adapter(
             "base_model_class": kind.__name__,
             "parent_library": kind.__module__,
         }
-    whole: dict[str, torch.Tensor] = dict(whole_parameters(inner))
-    for name, tensor in whole.items():
+    # What is trained whole belongs to the oldest adapter, which alone can have asked for it.
+    whole: dict[str, torch.Tensor] = {}
+    if not named or name == adapter_names(inner)[0]:
+        whole |= whole_parameters(inner)
+    for at, tensor in whole.items():
         if not bool(tensor.isfinite().all()):
-            raise NonFiniteError(f"{name} holds NaN or infinity.", hint="Nothing was saved.")
+            raise NonFiniteError(f"{at} holds NaN or infinity.", hint="Nothing was saved.")
     if portable and whole:
         raise ConfigError(
             f"portable=True holds low-rank updates alone, and {len(whole)} parameters were trained "
@@ -132,12 +151,21 @@ def save_adapter(
     if portable:
         save_embedding_layers = False
     if save_embedding_layers == "auto":
-        named = config.target_modules
-        save_embedding_layers = not isinstance(named, str) and bool({*named} & _EMBEDDINGS)
+        targeted = config.target_modules
+        save_embedding_layers = not isinstance(targeted, str) and bool({*targeted} & _EMBEDDINGS)
     if save_embedding_layers:
         whole |= _embeddings(inner, layers)
     names = file_names(layers)
-    return _write(written, {names[name]: pair for name, pair in pairs.items()}, path, whole)
+    return _write(written, {names[at]: pair for at, pair in pairs.items()}, path, whole)
+
+
+def _parts(layer: Adapter, name: str | None) -> tuple[LoRAPair, int, float]:
+    """Tensors, rank and scaling of an adapter: of the one called ``name`` where there are names."""
+    if not isinstance(layer, AdaptedLayer) or name is None:
+        return LoRAPair.of(layer), layer.rank, layer.scaling
+    slot = layer.adapter(name)
+    pair = LoRAPair(**layer.tensors_of(slot), kind=layer.kind)
+    return pair, layer.rank_of(slot), slot.scaling
 
 
 def _embeddings(model: nn.Module, layers: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:
@@ -227,7 +255,7 @@ def describe(model: nn.Module, config: LoRAConfig, layers: Collection[str]) -> L
     names = plain_paths(model)
     able = {
         name
-        for name, m in model.named_modules()
+        for name, m in base_modules(model).items()
         if name in layers or ((variant := variant_for(m)) and variant.kind != "out_proj")
     }
     meant = {name for name in able if config.selects(name)}
@@ -255,17 +283,17 @@ def plain_paths(model: nn.Module) -> list[str]:
     wrapped = [name for name, m in model.named_modules() if isinstance(m, WrappedAdapter)]
     return [
         name
-        for name, _ in model.named_modules()
+        for name in base_modules(model)
         if name and not any(name.startswith(f"{path}." if path else "") for path in wrapped)
     ]
 
 
-def _check(name: str, layer: Adapter, config: LoRAConfig) -> None:
-    named = config.name_for(name, layer.kind)
+def _check(name: str, pair: LoRAPair, rank: int, scaling: float, config: LoRAConfig) -> None:
+    named = config.name_for(name, pair.kind)
     described = (config.rank_for(named), config.scaling_for(named))
-    if (layer.rank, layer.scaling) != described:
+    if (rank, scaling) != described:
         raise AdapterStateError(
-            f"{name} has rank {layer.rank} and scaling {layer.scaling}, but its config says rank "
+            f"{name} has rank {rank} and scaling {scaling}, but its config says rank "
             f"{described[0]} and scaling {described[1]}, so it cannot be saved.",
             hint="Attach it with a config that says so (rank_pattern, alpha_pattern).",
         )

@@ -1,9 +1,10 @@
 """Adapters on whole models: which modules get one, putting them on and taking them off, merging.
 
-:mod:`targets` finds the modules, :mod:`attach` puts adapters on them and off again, :mod:`merge`
-turns adapter and base into one weight and back, :mod:`regauge` changes the factors but not what
-they compute, :mod:`many` puts several adapters on one model, of which :mod:`roster` knows the names
-and :mod:`working` says which work, in all calls or by an argument of one (:mod:`row_names`),
+:mod:`targets` finds the modules, :mod:`attach` puts adapters on them and off again, :mod:`adapted`
+tells what is on a model, :mod:`merge` turns adapter and base into one weight and back,
+:mod:`regauge` changes the factors but not what they compute. Of several adapters on one model
+:mod:`roster` knows the names, :mod:`many` takes them off and calls them otherwise, and
+:mod:`working` says which work, in all calls or by an argument of one (:mod:`row_names`).
 :mod:`fidelity` measures what a merge keeps of an update, :mod:`fast_path` keeps torch's fused
 encoder layers from overlooking an adapter.
 """
@@ -13,19 +14,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gauge_ext._lazy import deferred
-from gauge_ext.models.attach import (
+from gauge_ext.models.adapted import (
     Attachment,
     adapter_config,
     adapter_parameters,
     adapters,
-    attach,
     attached_modules,
     attachment,
-    detach,
     lora_layers,
     named_adapter_parameters,
     whole_parameters,
 )
+from gauge_ext.models.attach import attach, detach
 from gauge_ext.models.many import add_adapter, delete_adapter, rename_adapter
 from gauge_ext.models.merge import is_merged, merge, merge_and_unload, merged_copy, unmerge
 from gauge_ext.models.regauge import regauge_model, regauge_optimizer_state

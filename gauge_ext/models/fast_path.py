@@ -44,5 +44,6 @@ def suspend(model: nn.Module, adapted: Iterable[str]) -> tuple[Switch, ...]:
 
 def restore(model: nn.Module, switches: Iterable[Switch]) -> None:
     """Put back what :func:`suspend` switched off."""
-    for path, attribute, before in switches:
+    # The last first: an encoder may have been switched twice, for two adapters.
+    for path, attribute, before in reversed([*switches]):
         setattr(model.get_submodule(path), attribute, before)

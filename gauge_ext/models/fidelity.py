@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gauge_ext import ops
 from gauge_ext.adapters import LoRALinear
 from gauge_ext.errors import AdapterStateError, NonFiniteError, TargetError
-from gauge_ext.models.attach import lora_layers, unwrap
+from gauge_ext.models.adapted import lora_layers, unwrap
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -171,7 +171,7 @@ def linear_layers(model: nn.Module) -> dict[str, LoRALinear]:
                 f"{path} is a {type(layer).__name__}, and this is for nn.Linear layers.",
                 hint="Use gauge_ext.merge(), which takes any layer.",
             )
-        if layer.has_magnitude or layer.branch_bias is not None:
+        if any(s.has_magnitude or s.branch_bias is not None for s, _ in layer.present()):
             raise TargetError(
                 f"{path} has a magnitude (DoRA) or a bias of its branch, and this is for adapters "
                 "of lora_A and lora_B alone.",

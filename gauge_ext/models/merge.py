@@ -11,13 +11,8 @@ from torch import nn
 
 from gauge_ext.adapters import AdaptedLayer, WrappedAdapter
 from gauge_ext.errors import AdapterStateError, NonFiniteError
-from gauge_ext.models.attach import (
-    attached_modules,
-    attachment,
-    forget,
-    lora_layers,
-    unwrap,
-)
+from gauge_ext.models.adapted import attached_modules, attachment, lora_layers, unwrap
+from gauge_ext.models.attach import forget
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -12,7 +12,7 @@ from gauge_ext.adapters import AdaptedLayer, Kind
 from gauge_ext.errors import AdapterStateError, GaugeError, GeometryError, NonFiniteError
 from gauge_ext.geometry import LoRAPoint
 from gauge_ext.geometry.gauge import GaugeName, to_gauge
-from gauge_ext.models.attach import adapter_config, lora_layers
+from gauge_ext.models.adapted import adapter_config, lora_layers
 
 # What torch's optimizers keep for a parameter, by how it has to move with the gauge: averages of
 # gradients like a gradient, averages of their squares entry by entry in a way of their own.

@@ -1,76 +1,70 @@
-"""The names of the adapters on one model: which there are, and the layers that hold several."""
+"""The names of the adapters on one model: which there are, which may come, which work."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 from torch import nn
 
-from gauge_ext.adapters import LoRAConfig, LoRALinear
-from gauge_ext.adapters.many import ManyLoRALinear
-from gauge_ext.errors import AdapterStateError, ConfigError, TargetError
-from gauge_ext.models.attach import ROSTER, attachment, lora_layers, unwrap
-from gauge_ext.models.row_names import accept_row_names
-
-DEFAULT = "default"
+from gauge_ext.adapters.slot import AdapterSlot
+from gauge_ext.errors import AdapterStateError, ConfigError
+from gauge_ext.models.adapted import adapter_config, attachment, lora_layers, unwrap
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters on ``model``, the oldest first."""
     inner = unwrap(model)
-    return tuple(roster(inner)) if lora_layers(inner) else ()
+    return tuple(attachment(inner).configs) if lora_layers(inner) else ()
 
 
-def roster(model: nn.Module) -> dict[str, LoRAConfig]:
-    """The configs by name, kept on the model; of one that was only attached, its own."""
-    done = attachment(model)
-    found: dict[str, LoRAConfig] = vars(model).setdefault(ROSTER, {DEFAULT: done.config})
-    return found
+def adapter_slots(model: nn.Module, name: str) -> dict[str, AdapterSlot]:
+    """Return what holds the parameters of one adapter, by the path of the layer.
 
-
-def many_layers(model: nn.Module, name: str | None = None) -> dict[str, ManyLoRALinear]:
-    """Return the layers, made fit for several adapters if they were not."""
-    if name is not None:
-        vars(model)[ROSTER] = {name: attachment(model).config}
-    first = next(iter(roster(model)))
+    Raises:
+        AdapterStateError: There is no such adapter.
+    """
+    adapter_config(model, name)
     layers = lora_layers(model)
-    for path, layer in layers.items():
-        if not isinstance(layer, LoRALinear) or not layer.is_plain:
-            raise TargetError(
-                f"{path} is a {type(layer).__name__}, and several adapters are "
-                "for nn.Linear layers with two factors and nothing else.",
-                hint="Attach to linear layers alone, without DoRA, lora_bias or a nonzero start.",
-            )
-    accept_row_names(model)
-    return {
-        path: ManyLoRALinear.adopt(cast("LoRALinear", layer), first)
-        for path, layer in layers.items()
-    }
+    return {path: layer.adapter(name) for path, layer in layers.items() if name in layer.names}
 
 
 def active_pairs(model: nn.Module) -> tuple[tuple[str, float], ...]:
     """Return the names and weights of the adapters that work."""
-    for layer in lora_layers(model).values():
-        if isinstance(layer, ManyLoRALinear):
-            return layer.active
-    return ((next(iter(roster(model))), 1.0),)
+    return next((layer.active for layer in lora_layers(model).values()), ())
 
 
-def require_names(model: nn.Module, names: Iterable[str]) -> dict[str, LoRAConfig]:
-    """Return the configs of all adapters.
+def require_names(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse names that no adapter has.
 
     Raises:
-        AdapterStateError: One of ``names`` is not among them.
+        AdapterStateError: One of ``names`` is none, or the model has no adapters.
     """
-    configs = roster(model)
+    attachment(model)
     for name in names:
-        if name not in configs:
-            raise AdapterStateError(
-                f"there is no adapter {name!r} on the model.",
-                hint=f"There are: {', '.join(map(repr, configs))}.",
-            )
-    return configs
+        adapter_config(model, name)
+
+
+def sole_name(model: nn.Module, purpose: str) -> str:
+    """Return the name of the only adapter, or of the only active one.
+
+    Args:
+        model: A model with adapters.
+        purpose: What it is wanted for, such as "saved".
+
+    Raises:
+        AdapterStateError: There are none, or several of which not one is active.
+    """
+    names = tuple(attachment(model).configs)
+    active = [name for name, _ in active_pairs(model)]
+    if len(names) == 1:
+        return names[0]
+    if len(active) == 1:
+        return active[0]
+    raise AdapterStateError(
+        f"the model has the adapters {', '.join(map(repr, names))}, and it is not said which is to "
+        f"be {purpose}.",
+        hint="Give name=, or make one of them active with set_adapters().",
+    )
 
 
 def require_new_name(model: nn.Module, name: str) -> None:
@@ -78,16 +72,19 @@ def require_new_name(model: nn.Module, name: str) -> None:
 
     Raises:
         ConfigError: It is empty, has a dot or a slash, or is one that torch uses.
-        AdapterStateError: There is an adapter of that name.
+        AdapterStateError: There is an adapter of that name, or only a part of the model has
+            adapters.
     """
     if not isinstance(name, str) or not name or "." in name or "/" in name:
         raise ConfigError(f"an adapter's name must not be empty or hold '.' or '/', got {name!r}.")
     if hasattr(nn.ModuleDict, name):
         raise ConfigError(f"an adapter cannot be called {name!r}, which torch uses itself.")
-    if name in adapter_names(model):
+    layers = lora_layers(model)
+    if layers and name in attachment(model).configs:
         raise AdapterStateError(
-            f"there is an adapter {name!r} already.",
-            hint="Give the new one another name, or delete_adapter() the old one.",
+            f"the model has an adapter {name!r} already; its adapters are on {len(layers)} layers, "
+            f"the first of them {next(iter(layers))!r}.",
+            hint="Give the new one a name of its own (name=), or call gauge_ext.detach() first.",
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gauge_ext.adapters import LoRALinear
 from gauge_ext.adapters.shared_input import SharedInput
 from gauge_ext.errors import AdapterStateError, ConfigError
-from gauge_ext.models.attach import lora_layers, unwrap
+from gauge_ext.models.adapted import lora_layers, unwrap
 from gauge_ext.models.families import sibling_groups
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gauge_ext.adapters import AdaptedLayer
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError
-from gauge_ext.models.attach import lora_layers
+from gauge_ext.models.adapted import lora_layers
 
 Batch = Any
 

@@ -10,9 +10,11 @@ from torch import nn
 
 from gauge_ext.adapters import patterns
 from gauge_ext.adapters.config import LoRAConfig
+from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.parameter import reason_against_parameter
 from gauge_ext.adapters.registry import unsupported_reason, variant_for
 from gauge_ext.errors import TargetError
+from gauge_ext.models.adapted import base_modules
 from gauge_ext.models.whole import saved_modules
 
 # Where transformers keeps the head of a sequence classifier, which "all-linear" leaves out for the
@@ -61,7 +63,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
             "path below it.",
             hint="Put it into an nn.Sequential, or use gauge_ext.adapters.adapt.",
         )
-    named = [(n, module) for n, module in model.named_modules() if n and config.selects(n)]
+    named = [(n, m) for n, m in base_modules(model).items() if n and config.selects(n)]
     whole = saved_modules(model, config)
     layers: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
@@ -138,7 +140,7 @@ def target_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Modu
     """
     found = {
         f"{path}.{name}": module
-        for path, module in model.named_modules()
+        for path, module in base_modules(model).items()
         for name, _ in module.named_parameters(recurse=False)
         if path and config.selects_parameter(f"{path}.{name}")
     }
@@ -166,7 +168,7 @@ def _bare_experts(model: nn.Module, config: LoRAConfig, whole: Iterable[str]) ->
     Here no type of model is special, and what is no linear layer is named.
     """
     found = {}
-    for path, module in model.named_modules():
+    for path, module in base_modules(model).items():
         kind = type(module).__name__
         if not (path and config.selects(path) and any(part in kind for part in _EXPERTS)):
             continue
@@ -191,7 +193,9 @@ def _trained_whole(name: str, modules: Iterable[str]) -> str | None:
 
 
 def blocker(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """Say why the module at ``name`` in ``model`` cannot carry an adapter, or return None."""
+    """Say why the module at ``name`` in ``model`` cannot carry an adapter, or a further one."""
+    if isinstance(module, AdaptedLayer):
+        return None
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in _MAMBA_TYPES and name.rpartition(".")[2] == "out_proj":
         return f"the fused kernels of {model_type} read its weight and never call it"
@@ -200,7 +204,7 @@ def blocker(model: nn.Module, name: str, module: nn.Module) -> str | None:
 
 def nearest_hint(model: nn.Module, wanted: Iterable[str]) -> str:
     """Name the layers that come nearest to ``wanted``, and those that there are."""
-    able = [(n, m) for n, m in model.named_modules() if n and unsupported_reason(m) is None]
+    able = [(n, m) for n, m in base_modules(model).items() if n and blocker(model, n, m) is None]
     linear = [n for n, m in able if (variant := variant_for(m)) and variant.is_linear]
     paths = linear or [n for n, _ in able]
     if not paths:
@@ -239,7 +243,7 @@ def _output_layers(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, str]
 def _unmatched(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
     if isinstance(config.target_modules, str):
         return ()
-    names = [name for name, _ in model.named_modules()]
+    names = list(base_modules(model))
     return tuple(
         entry
         for entry in config.target_modules

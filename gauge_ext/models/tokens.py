@@ -12,7 +12,11 @@ from gauge_ext.errors import TargetError
 
 
 def train_tokens(
-    model: nn.Module, config: LoRAConfig, taken: Collection[nn.Module], whole: Collection[str]
+    model: nn.Module,
+    config: LoRAConfig,
+    taken: Collection[nn.Module],
+    whole: Collection[str],
+    name: str,
 ) -> list[TrainedTokens]:
     """Put the rows that ``trainable_token_indices`` means beside their tables.
 
@@ -21,6 +25,7 @@ def train_tokens(
         config: Its description.
         taken: The modules with an adapter.
         whole: Paths of the parameters that are trained whole.
+        name: What the adapter is called.
 
     Raises:
         TargetError: A name means no embedding, or one that is adapted or trained whole.
@@ -32,9 +37,9 @@ def train_tokens(
     if isinstance(wanted, Mapping):
         found = {
             path: ids
-            for name, ids in wanted.items()
+            for entry, ids in wanted.items()
             for path in modules
-            if patterns.name_selects(name, path)
+            if patterns.name_selects(entry, path)
         }
         if lost := [n for n in wanted if not any(patterns.name_selects(n, path) for path in found)]:
             raise TargetError(f"trainable_token_indices names {lost[0]!r}, which is no module.")
@@ -53,14 +58,14 @@ def train_tokens(
             weight = modules[path]._parameters.get("weight")
             tied = [m for m in modules.values() if m._parameters.get("weight") is weight]
             owners = [modules[path], *(m for m in tied if m is not modules[path])]
-            names = [f"{name}.weight" for name, module in modules.items() if module in owners]
+            names = [f"{place}.weight" for place, m in modules.items() if m in owners]
             if any(owner in taken for owner in owners) or {*names} & {*whole}:
                 raise TargetError(
                     f"trainable_token_indices means {path!r}, whose table has an adapter or is "
                     "trained whole, here or where it is tied.",
                     hint="Choose one of target_modules, modules_to_save, trainable_token_indices.",
                 )
-            done.append(TrainedTokens(owners, ids))
+            done.append(TrainedTokens(owners, ids, name))
     except BaseException:
         for rows in done:
             rows.to_base()

@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from gauge_ext.errors import ConfigError
-from gauge_ext.models.attach import attachment, lora_layers, unwrap
-from gauge_ext.models.roster import active_pairs, many_layers, require_names, require_unmerged
+from gauge_ext.errors import AdapterStateError, ConfigError
+from gauge_ext.models.adapted import attachment, lora_layers, unwrap
+from gauge_ext.models.roster import active_pairs, require_names, require_unmerged
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -41,8 +41,8 @@ def set_adapters(model: ModelT, names: str | Iterable[str] | Mapping[str, float]
     weights = _weights(names)
     require_names(inner, weights)
     require_unmerged(inner)
-    for layer in many_layers(inner).values():
-        layer.active = tuple(weights.items())
+    for layer in lora_layers(inner).values():
+        layer.set_active(tuple(weights.items()))
     return model
 
 
@@ -72,22 +72,24 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     inner = unwrap(model)
     attachment(inner)
     require_unmerged(inner)
-    working = [layer for layer in lora_layers(inner).values() if layer.has_branch]
+    working = [layer for layer in lora_layers(inner).values() if not layer.disabled]
     for layer in working:
-        layer.has_branch = False
+        layer.set_disabled(True)
     try:
         yield
     finally:
         for layer in working:
-            layer.has_branch = not layer.merged
+            layer.set_disabled(False)
 
 
 @contextmanager
 def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Give each sample of a batch an adapter of its own for the length of a ``with``.
 
-    All samples go through the model together, and through each layer in one call of
-    :func:`gauge_ext.ops.lora_gather`, with weight 1 each and gradients to every adapter in use.
+    All samples go through the model together, with weight 1 each and gradients to every adapter in
+    use: through each linear layer in one call of :func:`gauge_ext.ops.lora_gather`, through
+    embeddings, convolutions and quantized layers with the base once and each adapter on its own
+    samples, added in one pass. DoRA and ``lora_bias`` go along.
     A model with named adapters takes the same list in each call, as it does in PEFT:
     ``model(x, adapter_names=[...])``, where PEFT's ``"__base__"`` stands for None too.
 
@@ -96,23 +98,34 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         names: For each sample the adapter, or None for the base alone.
 
     Raises:
-        AdapterStateError: There is no such adapter, or the adapters are merged.
+        AdapterStateError: There is no such adapter, the adapters are merged, or one of those named
+            is on a layer that cannot tell samples apart: ``nn.MultiheadAttention``, a bare
+            parameter, trained tokens.
     """
     inner = unwrap(model)
     used = tuple(dict.fromkeys(name for name in names if name is not None))
     require_names(inner, used)
     require_unmerged(inner)
-    layers = many_layers(inner)
+    layers = lora_layers(inner)
+    for path, layer in layers.items():
+        own = next((name for name in used if name in layer.names), None)
+        if own is not None and layer.rows_refusal is not None:
+            raise AdapterStateError(
+                f"the samples of a batch cannot have adapters of their own at {path!r}, which "
+                f"{own!r} adapts: {layer.rows_refusal}.",
+                hint="Call the model once for each adapter, with use_adapters(), or leave this "
+                "layer out of the adapters' targets.",
+            )
     for layer in layers.values():
-        own = tuple(name for name in used if name in layer.names)
-        place = {name: i for i, name in enumerate(own)}
+        names_here = tuple(name for name in used if name in layer.names)
+        place = {name: i for i, name in enumerate(names_here)}
         chosen = [-1 if name is None else place.get(name, -1) for name in names]
-        layer.rows = own, torch.tensor(chosen, dtype=torch.int64)
+        layer.set_rows((names_here, torch.tensor(chosen, dtype=torch.int64)))
     try:
         yield
     finally:
         for layer in layers.values():
-            layer.rows = None
+            layer.set_rows(None)
 
 
 def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ written down anew here for the kind.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext.adapters import AdaptedLayer, AdapterSpec, adapt
+from gauge_ext.adapters.slot import AdapterSlot
 
 
 @dataclass(frozen=True)
@@ -45,22 +46,32 @@ class LayerCase:
 
     def expected(self, base: nn.Module, layer: AdaptedLayer) -> nn.Module:
         """Return the base with ``W + s·B·A``, summed in float64."""
+        return self.expected_sum(base, [(layer, 1.0)])
+
+    def expected_sum(
+        self, base: nn.Module, slots: Sequence[tuple[AdapterSlot, float]]
+    ) -> nn.Module:
+        """Return the base with every adapter's change of its weight and bias, times a number."""
         twin = copy.deepcopy(base).double()
-        delta = self.product(layer.lora_B.detach().double(), layer.lora_A.detach().double())
-        weight = twin.get_parameter(self.weight_name)
-        with torch.no_grad():
-            if delta.shape != weight.shape:  # groups: the same convolution with zeros written out
-                weight = twin.weight = nn.Parameter(_without_groups(twin))
-            weight.add_(layer.scaling * delta)
-            gain = torch.ones(weight.shape[self.axis], dtype=torch.float64)
-            if "lora_magnitude" in layer.adapter_parameters():
-                others = [axis for axis in range(weight.dim()) if axis != self.axis]
-                gain = layer.lora_magnitude.double().flatten() / weight.square().sum(others).sqrt()
-                shape = [-1 if axis == self.axis else 1 for axis in range(weight.dim())]
-                weight.mul_(gain.view(shape))
-            if "lora_bias" in layer.adapter_parameters():
-                shift = gain * layer.scaling * layer.lora_bias.double()
-                twin.bias = nn.Parameter(shift if twin.bias is None else twin.bias + shift)
+        own = twin.get_parameter(self.weight_name).detach()
+        if getattr(twin, "groups", 1) > 1:  # the same convolution with zeros written out
+            own = _without_groups(twin)
+        weight, shift = own.clone(), torch.zeros(own.shape[self.axis], dtype=torch.float64)
+        shape = [-1 if axis == self.axis else 1 for axis in range(own.dim())]
+        others = [axis for axis in range(own.dim()) if axis != self.axis]
+        for slot, number in slots:
+            delta = self.product(slot.lora_B.detach().double(), slot.lora_A.detach().double())
+            alone, gain = own + slot.scaling * delta, torch.ones_like(shift)
+            if "lora_magnitude" in slot.trained():
+                lengths = alone.square().sum(others).sqrt()
+                gain = slot.lora_magnitude.detach().double().flatten() / lengths
+                alone = alone * gain.view(shape)
+            if "lora_bias" in slot.trained():
+                shift += number * gain * slot.scaling * slot.lora_bias.detach().double()
+            weight += number * (alone - own)
+        setattr(twin, self.weight_name, nn.Parameter(weight))
+        if bool(shift.any()):
+            twin.bias = nn.Parameter(shift if twin.bias is None else twin.bias + shift)
         return twin
 
 

@@ -279,14 +279,6 @@ def test_copies_and_files(base: nn.Sequential, tmp_path: Path) -> None:
     torch.testing.assert_close(bare(x), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("make", [int8, int4])
-def test_several_adapters_are_refused(make: Make) -> None:
-    model = nn.Sequential(make(nn.Linear(IN, OUT)), nn.Linear(OUT, 3))
-    gauge_ext.attach(model, LoRAConfig(rank=RANK, target_modules=["1"]))
-    with pytest.raises(gauge_ext.errors.TargetError, match="quantized"):
-        gauge_ext.add_adapter(model, LoRAConfig(rank=RANK, target_modules=["0"]), "second")
-
-
 def test_peft_reads_the_same_adapter_on_bitsandbytes(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = nn.Sequential(nf4(nn.Linear(IN, OUT)))

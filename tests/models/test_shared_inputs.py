@@ -262,6 +262,8 @@ def test_other_states_run_one_by_one(state: str) -> None:
         model.second.register_forward_pre_hook(lambda module, args: None)
     elif state == "several":
         add_adapter(model, gauge_ext.LoRAConfig(rank=2, target_modules=["second"]), "other")
+        assert calls(model, run) == 1  # the first adapters work, as before
+        gauge_ext.set_adapters(model, ["default", "other"])
     elif state == "mixed":
         model.second.eval()
     assert calls(model, run) == 0
