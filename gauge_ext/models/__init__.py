@@ -30,7 +30,11 @@ from gauge_ext.models.many import add_adapter, delete_adapter, rename_adapter
 from gauge_ext.models.merge import is_merged, merge, merge_and_unload, merged_copy, unmerge
 from gauge_ext.models.regauge import regauge_model, regauge_optimizer_state
 from gauge_ext.models.roster import adapter_names
-from gauge_ext.models.shared_inputs import group_shared_inputs, ungroup
+from gauge_ext.models.shared_inputs import (
+    group_shared_inputs,
+    shared_input_groups,
+    ungroup,
+)
 from gauge_ext.models.targets import TargetMatch, find_targets
 from gauge_ext.models.working import (
     active_adapters,
@@ -83,6 +87,7 @@ __all__ = [
     "regauge_optimizer_state",
     "rename_adapter",
     "set_adapters",
+    "shared_input_groups",
     "ungroup",
     "unmerge",
     "use_adapters",

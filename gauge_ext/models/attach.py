@@ -17,13 +17,20 @@ from gauge_ext.models import fast_path, whole
 from gauge_ext.models.adapted import KEY, Attachment, attachment, lora_layers, record, unwrap
 from gauge_ext.models.roster import active_pairs, require_new_name, require_unmerged
 from gauge_ext.models.row_names import accept_row_names, refuse_row_names
+from gauge_ext.models.shared_inputs import Sample, group_shared_inputs, require_sample
 from gauge_ext.models.targets import find_targets, nearest_hint
 from gauge_ext.models.tokens import train_tokens
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def attach(model: ModelT, config: LoRAConfig, name: str = DEFAULT) -> ModelT:
+def attach(
+    model: ModelT,
+    config: LoRAConfig,
+    name: str = DEFAULT,
+    *,
+    group_inputs: bool | Sample = False,
+) -> ModelT:
     """Put LoRA adapters on the layers that ``config`` means, in place.
 
     Everything but the adapters is frozen; :func:`detach` restores the former ``requires_grad``.
@@ -35,20 +42,33 @@ def attach(model: ModelT, config: LoRAConfig, name: str = DEFAULT) -> ModelT:
         model: Any module; one compiled by ``torch.compile`` counts as what it wraps.
         config: Which layers, which rank, which scale.
         name: Not empty, without a dot or a slash.
+        group_inputs: Compute layers together that read one tensor, see
+            :func:`gauge_ext.models.group_shared_inputs`: a sample of the model's inputs, on which
+            it is called to see which do; True: those that are known by their names; False: none.
 
     Returns:
-        ``model``. :func:`attachment` tells what was adapted and what was left out.
+        ``model``. :func:`attachment` tells what was adapted and what was left out,
+        :func:`gauge_ext.models.shared_input_groups` what was grouped.
 
     Raises:
         TargetError: No layer is meant, or one that is meant cannot carry an adapter.
         AdapterStateError: There is an adapter of that name, or the adapters are merged, or only a
             part of the model has adapters.
         ConfigError: ``config`` is no :class:`LoRAConfig`, or the name cannot be used, or a further
-            adapter asks for parameters that are trained whole.
+            adapter asks for parameters that are trained whole, or to be grouped; or
+            ``group_inputs`` is no sample of the model's inputs.
     """
     if not isinstance(config, LoRAConfig):
         raise ConfigError(f"config must be a LoRAConfig, got a {type(config).__name__}.")
+    sample = None if isinstance(group_inputs, bool) else group_inputs
+    require_sample("group_inputs", sample)
     inner = unwrap(model)
+    grouped = group_inputs is not False
+    if grouped and KEY in vars(inner):
+        raise ConfigError(
+            "group_inputs is for the first adapter: with several, layers run one by one.",
+            hint="Leave it out.",
+        )
     require_new_name(inner, name)
     require_unmerged(inner)
     match = find_targets(inner, config)
@@ -66,6 +86,12 @@ def attach(model: ModelT, config: LoRAConfig, name: str = DEFAULT) -> ModelT:
             stacklevel=2,
         )
     put_on(inner, config, match.layers, match.skipped, match.parameters, name)
+    if grouped:
+        try:
+            group_shared_inputs(inner, sample)
+        except BaseException:
+            detach(inner)
+            raise
     return model
 
 

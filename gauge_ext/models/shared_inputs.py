@@ -14,10 +14,11 @@ from gauge_ext.errors import AdapterStateError, ConfigError
 from gauge_ext.models.adapted import lora_layers, unwrap
 from gauge_ext.models.families import sibling_groups
 
+Sample = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
 
 def group_shared_inputs(
-    model: nn.Module,
-    sample_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    model: nn.Module, sample_inputs: Sample | None = None
 ) -> tuple[tuple[str, ...], ...]:
     """Compute adapted layers together that read the very same tensor: q, k and v, gate and up.
 
@@ -60,11 +61,7 @@ def group_shared_inputs(
             "the model has no adapters, so there is nothing to group.",
             hint="Call gauge_ext.attach() or gauge_ext.load_adapter() first.",
         )
-    if not isinstance(sample_inputs, Tensor | tuple | Mapping | None):
-        raise ConfigError(
-            "sample_inputs must be a tensor, a tuple of arguments, a mapping of keyword "
-            f"arguments or None, got a {type(sample_inputs).__name__}."
-        )
+    require_sample("sample_inputs", sample_inputs)
     ungroup(inner)
     plain = {path: layer for path, layer in layers.items() if type(layer) is LoRALinear}
     if sample_inputs is None:
@@ -78,6 +75,32 @@ def group_shared_inputs(
     return groups
 
 
+def require_sample(argument: str, sample: object) -> None:
+    """Refuse what a model cannot be called with.
+
+    Raises:
+        ConfigError: It is neither a tensor, a tuple, a mapping nor None.
+    """
+    if not isinstance(sample, Tensor | tuple | Mapping | None):
+        raise ConfigError(
+            f"{argument} must be a tensor, a tuple of arguments, a mapping of keyword arguments or "
+            f"None, got a {type(sample).__name__}."
+        )
+
+
+def shared_input_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Return the paths of the layers that are computed together, see :func:`group_shared_inputs`.
+
+    Returns:
+        One entry for each group, in the order of the model; none where nothing is grouped.
+    """
+    groups: dict[int, list[str]] = {}
+    for path, layer in lora_layers(model).items():
+        if isinstance(layer, LoRALinear) and layer.shared_input is not None:
+            groups.setdefault(id(layer.shared_input), []).append(path)
+    return tuple(map(tuple, groups.values()))
+
+
 def ungroup(model: nn.Module) -> None:
     """Undo :func:`group_shared_inputs`: every layer computes its own output again."""
     for layer in lora_layers(model).values():
@@ -88,7 +111,7 @@ def ungroup(model: nn.Module) -> None:
 def _watched_groups(
     model: nn.Module,
     layers: Mapping[str, LoRALinear],
-    sample: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    sample: Sample,
 ) -> tuple[tuple[str, ...], ...]:
     """Return the groups of layers that were called with one tensor."""
     read = _inputs_read(model, layers, sample)
@@ -119,7 +142,7 @@ def _named_groups(layers: Mapping[str, LoRALinear]) -> tuple[tuple[str, ...], ..
 def _inputs_read(
     model: nn.Module,
     layers: Mapping[str, LoRALinear],
-    sample: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    sample: Sample,
 ) -> dict[str, list[Tensor]]:
     """Return what each layer was called with, in the order of the first calls."""
     read: dict[str, list[Tensor]] = {}  # holds the tensors, so that no two share an id

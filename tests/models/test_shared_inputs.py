@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import gauge_ext
 from gauge_ext.adapters.shared_input import SharedInput
 from gauge_ext.errors import AdapterStateError, ConfigError
-from gauge_ext.models import group_shared_inputs, ungroup
+from gauge_ext.models import group_shared_inputs, lora_layers, shared_input_groups, ungroup
 from gauge_ext.models.many import add_adapter
 
 transformers = pytest.importorskip("transformers")
@@ -309,3 +309,34 @@ def test_errors_say_what_was_expected() -> None:
     config = gauge_ext.LoRAConfig(rank=2, target_modules=["first"])
     with pytest.raises(ConfigError, match="calls none"):
         group_shared_inputs(gauge_ext.attach(Idle(), config), X)
+
+
+@pytest.mark.parametrize("group_inputs", [True, {"input_ids": TOKENS}], ids=["names", "sample"])
+def test_attach_groups_too(group_inputs: Any) -> None:
+    config = gauge_ext.LoRAConfig(rank=2)
+    model = gauge_ext.attach(llama(), config, group_inputs=group_inputs)
+    expected = [
+        tuple(f"layers.{layer}.{name}" for name in names)
+        for layer in range(2)
+        for names in (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("mlp.gate_proj", "mlp.up_proj"),
+        )
+    ]
+    assert list(shared_input_groups(model)) == expected
+    ungroup(model)
+    assert shared_input_groups(model) == ()
+    assert shared_input_groups(gauge_ext.attach(llama(), config)) == ()
+
+
+def test_attach_that_cannot_group_leaves_no_adapter() -> None:
+    model, config = llama(), gauge_ext.LoRAConfig(rank=2)
+    with pytest.raises(ConfigError, match="group_inputs must be a tensor, a tuple.*got a str"):
+        gauge_ext.attach(model, config, group_inputs="q_proj")
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        gauge_ext.attach(model, config, group_inputs={"no_such_argument": TOKENS})
+    assert not lora_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    gauge_ext.attach(model, config)
+    with pytest.raises(ConfigError, match="group_inputs is for the first adapter"):
+        gauge_ext.attach(model, config, "second", group_inputs=True)
