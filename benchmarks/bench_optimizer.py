@@ -47,16 +47,14 @@ def flat(pairs: list[FactorPair]) -> list[Any]:
 def steps(rank: int) -> dict[str, Callable[[], object]]:
     """The step of each optimizer, on factors of its own."""
     shapes = BLOCK * 30
-    made: dict[str, Callable[[], object]] = {
+    return {
         "AdamW fused": torch.optim.AdamW(flat(factors(rank, shapes)), lr=1e-6, fused=True).step,
         "AdamW foreach": torch.optim.AdamW(flat(factors(rank, shapes)), lr=1e-6, foreach=True).step,
         "ScaledGD": ScaledGD(factors(rank, shapes), lr=1e-6).step,
         "ScaledGD, momentum": ScaledGD(factors(rank, shapes), lr=1e-6, momentum=0.9).step,
         "GaugeAdam": GaugeAdam(factors(rank, shapes), lr=1e-6).step,
+        "LoRARITE": LoRARITE(factors(rank, shapes), lr=1e-6).step,
     }
-    if rank <= 8:
-        made["LoRARITE (plain torch)"] = LoRARITE(factors(rank, shapes), lr=1e-6).step
-    return made
 
 
 def peft_ratio(rank: int, rounds: int) -> float:
@@ -95,7 +93,7 @@ def measure_rank(rank: int, rounds: int) -> dict[str, Any]:
     except ImportError as error:
         text = f"not run: {error}"
     print(f"  PEFT create_riemannian_optimizer: {text}")
-    for name in ("ScaledGD", "GaugeAdam"):
+    for name in ("ScaledGD", "GaugeAdam", "LoRARITE"):
         ratio, goal = timings[name].ratio, GOALS.get(rank)
         pairs = zip(timings[name].seconds, timings["AdamW foreach"].seconds, strict=True)
         against = statistics.median(own / foreach for own, foreach in pairs)

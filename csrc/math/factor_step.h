@@ -28,7 +28,17 @@ struct FactorStep {
   bool nesterov;
 };
 
-// kAdam keeps numbers of rows or columns.
+// An eigenvalue of LoRA-RITE's second moments below this part of the largest counts as this part:
+// gradients in float32 have nothing but their rounding there.
+constexpr double kSmallestMoment = 1e-10;
+
+// (√v̂ + ε)⁻¹ for the eigenvalue v, and 0 where there was no gradient yet and ε is 0
+GAUGE_EXT_HOST_DEVICE double inverse_root(double v, double largest, const FactorStep& step) {
+  const double least = kSmallestMoment * (largest > 0 ? largest : 0);
+  const double down = square_root((v > least ? v : least) / step.correction2) + step.eps;
+  return down > 0 ? 1 / down : 0;
+}
+
 enum class StepRule { kScaledGd, kGaugeAdam };
 
 template <typename acc_t>

@@ -62,22 +62,40 @@ void check_factors(const FactorCall& call) {
   check_gradients(call.grad_B, call.lora_B, "grad_B");
 }
 
-// The state of one kind for all layers
+at::ScalarType state_dtype(TensorList factors) {
+  return factors[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The state of one kind for all layers, of shape(i) each
+template <typename F>
 void check_state(TensorList state,
                  TensorList factors,
                  const char* name,
-                 int64_t numbers_along) {  // the dimension that there is one number for, or -1: all
+                 at::ScalarType dtype,
+                 const F& shape) {
   TORCH_CHECK(state.size() == factors.size(), name, " must have ", factors.size(),
               " entries, one for each pair, got ", state.size());
-  const auto dtype = factors[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   for (size_t i = 0; i < state.size(); ++i) {
-    const auto shape =
-        numbers_along < 0 ? factors[i].sizes() : factors[i].sizes().slice(numbers_along, 1);
-    TORCH_CHECK(state[i].sizes() == shape && state[i].scalar_type() == dtype &&
+    const std::vector<int64_t> expected = shape(factors[i]);
+    TORCH_CHECK(state[i].sizes() == at::IntArrayRef(expected) && state[i].scalar_type() == dtype &&
                     state[i].device() == factors[i].device() && state[i].is_contiguous(),
-                name, "[", i, "] must be contiguous, of shape ", shape, " and ", dtype, ", got ",
-                state[i].sizes(), " and ", state[i].scalar_type());
+                name, "[", i, "] must be contiguous, of shape ", at::IntArrayRef(expected), " and ",
+                dtype, ", got ", state[i].sizes(), " and ", state[i].scalar_type());
   }
+}
+
+std::vector<int64_t> whole(const Tensor& factor) {
+  return factor.sizes().vec();
+}
+std::vector<int64_t> turned(const Tensor& factor) {
+  return {factor.size(1), factor.size(0)};
+}
+
+// Averages of gradients, of the factors' shapes
+void check_averages(const FactorCall& call) {
+  const auto dtype = state_dtype(call.lora_A);
+  check_state(call.avg_A, call.lora_A, "avg_A", dtype, whole);
+  check_state(call.avg_B, call.lora_B, "avg_B", dtype, whole);
 }
 
 // √(1 - lr · weight_decay), which each factor is multiplied by
@@ -85,6 +103,56 @@ double kept(double lr, double weight_decay) {
   const double left = 1.0 - lr * weight_decay;
   TORCH_CHECK(left >= 0, "lr * weight_decay must be at most 1, got ", lr * weight_decay);
   return std::sqrt(left);
+}
+
+void check_steps(at::IntArrayRef steps, TensorList factors) {
+  TORCH_CHECK(steps.size() == factors.size(), "steps must have ", factors.size(),
+              " entries, one for each pair, got ", steps.size());
+}
+
+std::vector<FactorStep> adam_steps(at::IntArrayRef steps,
+                                   double lr,
+                                   double beta1,
+                                   double beta2,
+                                   double eps,
+                                   double weight_decay,
+                                   double grad_scale) {
+  const double keep = kept(lr, weight_decay);
+  std::vector<FactorStep> each;
+  for (const int64_t count : steps) {
+    const auto t = static_cast<double>(count);
+    each.push_back({lr, keep, grad_scale, beta1, beta2, eps, 1 - std::pow(beta1, t),
+                    1 - std::pow(beta2, t), false});
+  }
+  return each;
+}
+
+void register_lora_rite(torch::Library& m, const FactorStepDevice& device) {
+  m.impl(
+      "lora_rite_step",
+      [device](TensorList lora_A, TensorList lora_B, TensorList grad_A, TensorList grad_B,
+               TensorList frame_A, TensorList frame_B, TensorList avg_A, TensorList avg_B,
+               TensorList sq_A, TensorList sq_B, TensorList rest, Scalings scaling,
+               at::IntArrayRef anchors, at::IntArrayRef steps, double lr, double beta1,
+               double beta2, double eps, double weight_decay, double damping, double grad_scale) {
+        const FactorCall call = {lora_A, lora_B, grad_A, grad_B,  scaling, anchors, damping, avg_A,
+                                 avg_B,  {},     {},     frame_A, frame_B, sq_A,    sq_B,    rest};
+        check_factors(call);
+        check_steps(steps, lora_A);
+        if (lora_A.empty()) {
+          return;
+        }
+        const auto dtype = state_dtype(lora_A);
+        const auto square = [](const Tensor& A) { return std::vector<int64_t>(2, A.size(0)); };
+        check_state(frame_A, lora_A, "frame_A", dtype, whole);
+        check_state(frame_B, lora_B, "frame_B", dtype, turned);
+        check_state(avg_A, lora_A, "avg_A", dtype, whole);
+        check_state(avg_B, lora_B, "avg_B", dtype, turned);
+        check_state(sq_A, lora_A, "sq_A", at::kDouble, square);
+        check_state(sq_B, lora_A, "sq_B", at::kDouble, square);
+        check_state(rest, lora_A, "rest", at::kDouble, square);
+        device.lora_rite(call, adam_steps(steps, lr, beta1, beta2, eps, weight_decay, grad_scale));
+      });
 }
 
 }  // namespace
@@ -102,8 +170,7 @@ void register_factor_steps(torch::Library& m, const FactorStepDevice& device) {
              return;
            }
            if (momentum != 0 || !avg_A.empty()) {
-             check_state(avg_A, lora_A, "avg_A", -1);
-             check_state(avg_B, lora_B, "avg_B", -1);
+             check_averages(call);
            }
            const FactorStep step = {
                lr, kept(lr, weight_decay), grad_scale, momentum, 0, 0, 1, 1, nesterov};
@@ -118,24 +185,22 @@ void register_factor_steps(torch::Library& m, const FactorStepDevice& device) {
            const FactorCall call = {lora_A,  lora_B, grad_A, grad_B, scaling, anchors,
                                     damping, avg_A,  avg_B,  sq_A,   sq_B};
            check_factors(call);
-           TORCH_CHECK(steps.size() == lora_A.size(), "steps must have ", lora_A.size(),
-                       " entries, one for each pair, got ", steps.size());
+           check_steps(steps, lora_A);
            if (lora_A.empty()) {
              return;
            }
-           check_state(avg_A, lora_A, "avg_A", -1);
-           check_state(avg_B, lora_B, "avg_B", -1);
-           check_state(sq_A, lora_A, "sq_A", 1);
-           check_state(sq_B, lora_B, "sq_B", 0);
-           const double keep = kept(lr, weight_decay);
-           std::vector<FactorStep> each;
-           for (const int64_t count : steps) {
-             const auto t = static_cast<double>(count);
-             each.push_back({lr, keep, grad_scale, beta1, beta2, eps, 1 - std::pow(beta1, t),
-                             1 - std::pow(beta2, t), false});
-           }
-           device.step(call, StepRule::kGaugeAdam, each);
+           check_averages(call);
+           const auto dtype = state_dtype(lora_A);
+           check_state(sq_A, lora_A, "sq_A", dtype,
+                       [](const Tensor& A) { return std::vector<int64_t>{A.size(1)}; });
+           check_state(sq_B, lora_B, "sq_B", dtype,
+                       [](const Tensor& B) { return std::vector<int64_t>{B.size(0)}; });
+           device.step(call, StepRule::kGaugeAdam,
+                       adam_steps(steps, lr, beta1, beta2, eps, weight_decay, grad_scale));
          });
+  if (device.lora_rite != nullptr) {
+    register_lora_rite(m, device);
+  }
   m.impl("factor_gradient_norm",
          [device](TensorList lora_A, TensorList lora_B, TensorList grad_A, TensorList grad_B,
                   Scalings scaling, at::IntArrayRef anchors, double damping) {
@@ -161,6 +226,13 @@ TORCH_LIBRARY_FRAGMENT(gauge_ext, m) {
       "Tensor(c!)[] avg_A, Tensor(d!)[] avg_B, Tensor(e!)[] sq_A, Tensor(f!)[] sq_B, "
       "float[] scaling, int[] anchors, int[] steps, float lr, float beta1, float beta2, float eps, "
       "float weight_decay, float damping, float grad_scale=1.0) -> ()",
+      tags);
+  m.def(
+      "lora_rite_step(Tensor(a!)[] lora_A, Tensor(b!)[] lora_B, Tensor[] grad_A, Tensor[] grad_B, "
+      "Tensor(c!)[] frame_A, Tensor(d!)[] frame_B, Tensor(e!)[] avg_A, Tensor(f!)[] avg_B, "
+      "Tensor(g!)[] sq_A, Tensor(h!)[] sq_B, Tensor(i!)[] rest, float[] scaling, int[] anchors, "
+      "int[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "float damping, float grad_scale=1.0) -> ()",
       tags);
   // The squared length of all gradients together, () float64.
   m.def(

@@ -23,6 +23,7 @@ struct FactorCall {
   at::IntArrayRef anchors;  // 0: lora_A, 1: lora_B
   double damping;
   at::TensorList avg_A, avg_B, sq_A, sq_B;  // state; empty where a rule keeps none
+  at::TensorList frame_A = {}, frame_B = {}, moment_A = {}, moment_B = {}, rest = {};  // LoRA-RITE
 };
 
 struct FactorStepDevice {
@@ -32,6 +33,9 @@ struct FactorStepDevice {
 
   // The squared length of all gradients together, () float64
   at::Tensor (*gradient_norm)(const FactorCall& call);
+
+  // A step of LoRA-RITE; null where the device has none
+  void (*lora_rite)(const FactorCall& call, const std::vector<FactorStep>& steps);
 };
 
 // Registers the ops for one device.

@@ -20,7 +20,7 @@ _FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
 _SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 # What gauge_ext.optim keeps beside those: numbers of rows and columns of X, and what is held in
 # orthonormal frames of X. No gauge changes them.
-_INVARIANTS = frozenset({"row_sq", "column_sq", "frame", "frame_avg", "frame_sq"})
+_INVARIANTS = frozenset({"row_sq", "column_sq", "frame", "frame_avg", "frame_sq", "frame_rest"})
 
 
 @torch.no_grad()

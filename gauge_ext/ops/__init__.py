@@ -5,10 +5,12 @@ from gauge_ext.ops.factor_step import factor_gradient_norm, gauge_adam_step, sca
 from gauge_ext.ops.lora_gather import lora_gather
 from gauge_ext.ops.lora_linear import draw_seed, lora_linear, project
 from gauge_ext.ops.lora_linear_group import lora_linear_group
+from gauge_ext.ops.lora_rite import RiteState, lora_rite_step
 from gauge_ext.ops.merge import MergeSums, merge_, merge_into, merges_in_one_pass
 
 __all__ = [
     "MergeSums",
+    "RiteState",
     "draw_seed",
     "factor_gradient_norm",
     "factor_reference",
@@ -16,6 +18,7 @@ __all__ = [
     "lora_gather",
     "lora_linear",
     "lora_linear_group",
+    "lora_rite_step",
     "merge_",
     "merge_into",
     "merges_in_one_pass",

@@ -21,7 +21,7 @@ the square, says no more in float64."""
 
 
 class Adam(NamedTuple):
-    """The numbers of a step of GaugeAdam."""
+    """The numbers of a step of GaugeAdam or LoRARITE."""
 
     lr: float
     beta1: float
@@ -47,10 +47,13 @@ class Whitening(NamedTuple):
     Attributes:
         of_B: :math:`E_A = R_A^{-1}` with :math:`A A^T = R_A^T R_A`, ``(*, r, r)``.
         of_A: :math:`E_M = R_M^{-1}` with :math:`B^T B + \delta (A A^T)^{-1} = R_M^T R_M`.
+        rest: :math:`K = \sqrt\delta\, E_A^T E_M`, the damping's share:
+            :math:`(B E_M)^T B E_M + K^T K = I`.
     """
 
     of_B: Tensor
     of_A: Tensor
+    rest: Tensor
 
 
 def whitening(a: Tensor, b: Tensor, damping: float, *, anchor_B: bool = False) -> Whitening:
@@ -73,8 +76,8 @@ def whitening(a: Tensor, b: Tensor, damping: float, *, anchor_B: bool = False) -
     """
     if anchor_B:
         turned = whitening(b.mT, a.mT, damping)
-        return Whitening(turned.of_A, turned.of_B)
-    r_a = torch.linalg.qr(a.mT, mode="r").R
+        return Whitening(turned.of_A, turned.of_B, turned.rest)
+    r_a = _upper(a.mT)
     r_b = torch.linalg.qr(b, mode="r").R
     diagonal = r_a.diagonal(dim1=-2, dim2=-1).abs()
     columns = torch.linalg.vector_norm(r_a, dim=-2)
@@ -88,8 +91,16 @@ def whitening(a: Tensor, b: Tensor, damping: float, *, anchor_B: bool = False) -
         raise RuntimeError(RANK_MESSAGE)
     delta = (RELATIVE_FLOOR * square).clamp_min(damping)
     delta = torch.where(delta == 0, 1.0, delta)[..., None, None]
-    r_m = torch.linalg.qr(torch.cat([r_b, delta.sqrt() * e_a.mT], -2), mode="r").R
-    return Whitening(e_a, torch.linalg.solve_triangular(r_m, eye, upper=True))
+    damped = delta.sqrt() * e_a.mT
+    e_m = torch.linalg.solve_triangular(_upper(torch.cat([r_b, damped], -2)), eye, upper=True)
+    return Whitening(e_a, e_m, damped @ e_m)
+
+
+def _upper(x: Tensor) -> Tensor:
+    """The Cholesky factor R of the Gram matrix of x, with a positive diagonal."""
+    r = torch.linalg.qr(x, mode="r").R
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    return torch.as_tensor(r * signs.unsqueeze(-1))
 
 
 RANK_MESSAGE = (

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gauge_ext import _load
 from gauge_ext.ops import factor_reference as reference
-
-_COMPILED_DTYPES = {
-    "cpu": frozenset({torch.float32, torch.float64, torch.bfloat16}),
-    "cuda": frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}),
-}
+from gauge_ext.ops.pair_batches import (
+    column,
+    effective,
+    groups,
+    has_kernel,
+    stack,
+    write,
+    writes_to,
+)
 
 
 def scaled_gd_step(
@@ -62,7 +64,7 @@ def scaled_gd_step(
             has been written then. On a GPU, which no step waits for, the rank is found out there:
             such a step writes nothing, and the next one on that GPU raises.
     """
-    if _compiled(lora_A):
+    if has_kernel(lora_A):
         torch.ops.gauge_ext.scaled_gd_step(
             *(lora_A, lora_B, grad_A, grad_B, avg_A, avg_B, scaling, anchors),
             *(lr, momentum, nesterov, weight_decay, damping, grad_scale),
@@ -70,17 +72,17 @@ def scaled_gd_step(
         return
     how = reference.ScaledGD(lr, momentum, nesterov, weight_decay, damping)
     writes: list[tuple[Tensor, Tensor]] = []
-    for group in _groups(lora_A, lora_B, anchors):
-        s = _column(scaling, group, lora_A[0])
-        a, b, g_a, g_b = _effective(lora_A, lora_B, grad_A, grad_B, group, s, grad_scale)
-        q_a, q_b = (_stack(avg, group) if avg else None for avg in (avg_A, avg_B))
+    for group in groups(lora_A, lora_B, anchors):
+        s = column(scaling, group, lora_A[0])
+        a, b, g_a, g_b = effective(lora_A, lora_B, grad_A, grad_B, group, s, grad_scale)
+        q_a, q_b = (stack(avg, group) if avg else None for avg in (avg_A, avg_B))
         a, b, q_a, q_b = reference.scaled_gd(
             a, b, g_a, g_b, q_a, q_b, how, anchor_B=anchors[group[0]] == 1
         )
-        writes += _pairs(lora_A, a, group) + _pairs(lora_B, b / s, group)
+        writes += writes_to(lora_A, a, group) + writes_to(lora_B, b / s, group)
         if q_a is not None and q_b is not None:
-            writes += _pairs(avg_A, q_a, group) + _pairs(avg_B, q_b, group)
-    _write(writes)
+            writes += writes_to(avg_A, q_a, group) + writes_to(avg_B, q_b, group)
+    write(writes)
 
 
 def gauge_adam_step(
@@ -132,7 +134,7 @@ def gauge_adam_step(
     Raises:
         RuntimeError: As :func:`scaled_gd_step`.
     """
-    if _compiled(lora_A):
+    if has_kernel(lora_A):
         torch.ops.gauge_ext.gauge_adam_step(
             *(lora_A, lora_B, grad_A, grad_B, avg_A, avg_B, sq_A, sq_B, scaling),
             *(anchors, steps),
@@ -141,19 +143,19 @@ def gauge_adam_step(
         return
     how = reference.Adam(lr, beta1, beta2, eps, weight_decay, damping)
     writes: list[tuple[Tensor, Tensor]] = []
-    for group in _groups(lora_A, lora_B, anchors):
-        s = _column(scaling, group, lora_A[0])
-        step = _column(steps, group, lora_A[0])[:, 0, 0]
-        a, b, g_a, g_b = _effective(lora_A, lora_B, grad_A, grad_B, group, s, grad_scale)
-        state = [_stack(part, group) for part in (avg_A, avg_B, sq_A, sq_B)]
+    for group in groups(lora_A, lora_B, anchors):
+        s = column(scaling, group, lora_A[0])
+        step = column(steps, group, lora_A[0])[:, 0, 0]
+        a, b, g_a, g_b = effective(lora_A, lora_B, grad_A, grad_B, group, s, grad_scale)
+        state = [stack(part, group) for part in (avg_A, avg_B, sq_A, sq_B)]
         a, b, *new = reference.gauge_adam(
             *(a, b, g_a, g_b, state[0], state[1], state[2], state[3], step, how),
             anchor_B=anchors[group[0]] == 1,
         )
-        writes += _pairs(lora_A, a, group) + _pairs(lora_B, b / s, group)
+        writes += writes_to(lora_A, a, group) + writes_to(lora_B, b / s, group)
         for old, value in zip((avg_A, avg_B, sq_A, sq_B), new, strict=True):
-            writes += _pairs(old, value, group)
-    _write(writes)
+            writes += writes_to(old, value, group)
+    write(writes)
 
 
 def factor_gradient_norm(
@@ -178,93 +180,20 @@ def factor_gradient_norm(
     Raises:
         RuntimeError: As :func:`scaled_gd_step`.
     """
-    if _compiled(lora_A):
+    if has_kernel(lora_A):
         return torch.as_tensor(
             torch.ops.gauge_ext.factor_gradient_norm(
                 lora_A, lora_B, grad_A, grad_B, scaling, anchors, damping
             )
         )
     total = torch.zeros((), dtype=torch.float64, device=lora_A[0].device)
-    for group in _groups(lora_A, lora_B, anchors):
-        s = _column(scaling, group, lora_A[0])
-        parts = _effective(lora_A, lora_B, grad_A, grad_B, group, s, 1.0)
+    for group in groups(lora_A, lora_B, anchors):
+        s = column(scaling, group, lora_A[0])
+        parts = effective(lora_A, lora_B, grad_A, grad_B, group, s, 1.0)
         anchor_B = anchors[group[0]] == 1
         norms = reference.gradient_norm_squared(*parts, damping, anchor_B=anchor_B)
         total = total + norms.sum()
     return total
-
-
-def _compiled(factors: Sequence[Tensor]) -> bool:
-    """Whether there is a kernel for these factors; where not, say so once."""
-    if not factors:
-        return False
-    first = factors[0]
-    build = _load.load()
-    if not build.compiled:
-        return False  # load() has said so
-    has_kernels = not first.is_cuda or build.cuda
-    if has_kernels and first.dtype in _COMPILED_DTYPES.get(first.device.type, ()):
-        return True
-    if not first.is_meta:
-        _say_plain(first.device.type, str(first.dtype))
-    return False
-
-
-@functools.cache
-def _say_plain(device: str, dtype: str) -> None:
-    warnings.warn(
-        f"there is no compiled optimizer step for {dtype} on {device}: it runs in plain torch, in "
-        "float64, batched over layers of one shape.",
-        stacklevel=4,
-    )
-
-
-def _groups(
-    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], anchors: Sequence[int]
-) -> Iterator[list[int]]:
-    """The pairs of one shape and one kind of anchor, which are computed together."""
-    found: dict[tuple[int, ...], list[int]] = {}
-    for i, (a, b, anchor) in enumerate(zip(lora_A, lora_B, anchors, strict=True)):
-        found.setdefault((*a.shape, *b.shape, anchor), []).append(i)
-    yield from found.values()
-
-
-def _stack(tensors: Sequence[Tensor], group: list[int]) -> Tensor:
-    return torch.stack([tensors[i] for i in group]).double()
-
-
-def _column(numbers: Sequence[float], group: list[int], like: Tensor) -> Tensor:
-    values = [float(numbers[i]) for i in group]
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None, None]
-
-
-def _effective(
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    grad_A: Sequence[Tensor],
-    grad_B: Sequence[Tensor],
-    group: list[int],
-    s: Tensor,
-    grad_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A, the effective B, and the gradients by them, in float64."""
-    return (
-        _stack(lora_A, group),
-        _stack(lora_B, group) * s,
-        _stack(grad_A, group) * grad_scale,
-        _stack(grad_B, group) * grad_scale / s,
-    )
-
-
-def _pairs(
-    targets: Sequence[Tensor], values: Tensor, group: list[int]
-) -> list[tuple[Tensor, Tensor]]:
-    return [(targets[i], value) for i, value in zip(group, values.unbind(), strict=True)]
-
-
-def _write(writes: list[tuple[Tensor, Tensor]]) -> None:
-    if writes:
-        torch._foreach_copy_([old for old, _ in writes], [new for _, new in writes])
 
 
 def _fake_step(*args: object, **kwargs: object) -> None:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gauge_ext.ops import factor_reference
+from gauge_ext import ops
+from gauge_ext.errors import ConfigError
 from gauge_ext.optim.base import FactorOptimizer, Layers, Params
+
+# Of RiteState, in its order: the factor whose state holds it, and its name there.
+_STATE = (
+    (0, "frame"),
+    (1, "frame"),
+    (0, "frame_avg"),
+    (1, "frame_avg"),
+    (0, "frame_sq"),
+    (1, "frame_sq"),
+    (1, "frame_rest"),
+)
 
 
 class LoRARITE(FactorOptimizer):
     r"""LoRA-RITE (Yen et al., arXiv:2410.20625): transformation-invariant Adam with r x r moments.
 
-    With :math:`A^T = V R_A`, orthonormal V, and W the left singular vectors of X,
+    With :math:`A A^T = R_A^T R_A` and the frame :math:`V = A^T R_A^{-1}` of the rows of X,
 
     .. math::
         \hat g &= g_B R_A^{-1}, \qquad P = V_t^T V_{t-1}, \\
@@ -22,11 +35,13 @@ class LoRARITE(FactorOptimizer):
         q &\leftarrow \beta_1 q P^T + (1 - \beta_1)\, \hat g\,(\hat v^{1/2} + \epsilon)^{-1}, \qquad
         B \leftarrow \rho B - \eta\, \hat q R_A^{-T}
 
-    and for A the same in the frame W, with the singular values of X damped by
-    :math:`\sigma^2 / (\sigma^2 + \delta)` where the paper divides by them, so that B = 0 may be the
-    start. The paper's escaped mass, what of v the projection P loses, is not added, and there is no
-    clipping but ``max_grad_norm``. It runs in plain torch in float64, batched over the layers of
-    one shape: dearer than :class:`GaugeAdam`, whose second moments are numbers.
+    and for A the same with :math:`R_M^T R_M = B^T B + \delta (A A^T)^{-1}` where the paper divides
+    by :math:`R_B`, and the damped frame of the columns that belongs to it, so that B = 0 may be the
+    start; :func:`gauge_ext.ops.lora_rite.lora_rite` has all of it. The paper's escaped mass, what
+    of v the projection P loses, is not added, and there is no clipping but ``max_grad_norm``. The
+    state is Adam's, two tensors of a factor's size for each, and three r x r matrices for a pair.
+    A step of all layers is one compiled op on the CPU; on a GPU it is plain torch in float64,
+    batched over layers of one shape.
 
     Args:
         params: See :class:`FactorOptimizer`; :func:`~gauge_ext.optim.factor_pairs` finds the pairs.
@@ -34,7 +49,9 @@ class LoRARITE(FactorOptimizer):
         betas: :math:`\beta_1, \beta_2`.
         eps: :math:`\epsilon`, in units of the gradient by X.
         weight_decay: :math:`\lambda`: each step X shrinks by :math:`1 - \eta\lambda`.
-        damping: :math:`\delta`, in units of :math:`\sigma(X)^2`.
+        damping: :math:`\delta`, in units of :math:`\sigma(X)^2`. Directions of X that are much
+            smaller than :math:`\sqrt\delta` are held back on the side of A, by
+            :math:`(\sigma^2 / (\sigma^2 + \delta))^{3/2}`.
         max_grad_norm: Bounds :meth:`FactorOptimizer.grad_norm` of each group; None: no bound.
 
     Raises:
@@ -64,120 +81,69 @@ class LoRARITE(FactorOptimizer):
 
     def step_pairs(self, layers: Layers, group: dict[str, Any], grad_scale: float) -> None:
         """Change the factors of ``layers`` in place."""
-        batches: dict[tuple[int, ...], list[int]] = {}
-        for i, (a, b) in enumerate(zip(layers.A, layers.B, strict=True)):
-            self._start(layers.parameters[i], a, b)
-            step = self.state[layers.parameters[i][0]]["step"]
-            batches.setdefault((*a.shape, *b.shape, step, layers.anchors[i]), []).append(i)
-        writes: list[tuple[Tensor, Tensor]] = []
-        for batch in batches.values():
-            writes += self._step_batch(layers, batch, group, grad_scale)
-        torch._foreach_copy_([old for old, _ in writes], [new for _, new in writes])
-        for pair in layers.parameters:
-            for factor in pair:
-                self.state[factor]["step"] += 1
+        lists: tuple[list[Tensor], ...] = tuple([] for _ in _STATE)
+        steps = []
+        for pair, value_a, value_b in zip(layers.parameters, layers.A, layers.B, strict=True):
+            if not self.state[pair[0]]:
+                self._start(pair, value_a, value_b)
+            for kept, (factor, name) in zip(lists, _STATE, strict=True):
+                kept.append(self.state[pair[factor]][name])
+            steps.append(self.state[pair[0]]["step"] + 1)
+        beta1, beta2 = group["betas"]
+        ops.lora_rite_step(
+            *(layers.A, layers.B, layers.grad_A, layers.grad_B, ops.RiteState(*lists)),
+            *(layers.scaling, layers.anchors, steps),
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            damping=group["damping"],
+            grad_scale=grad_scale,
+        )
+        # Only now: a step that was refused was none.
+        for (a, b), step in zip(layers.parameters, steps, strict=True):
+            self.state[a]["step"] = self.state[b]["step"] = step
 
-    def _start(self, pair: tuple[Tensor, Tensor], a: Tensor, b: Tensor) -> None:
-        rank, columns, rows = a.shape[0], a.shape[1], b.shape[0]
-        for factor, length, other in ((pair[0], columns, rows), (pair[1], rows, columns)):
-            if not self.state[factor]:
-                self.state[factor].update(
-                    step=0,
-                    frame_avg=self.moments(factor, (length, rank)),
-                    frame_sq=self.moments(factor, (rank, rank)),
-                    frame=self.moments(factor, (other, rank)),
-                )
+    def _start(self, pair: tuple[Tensor, Tensor], value_a: Tensor, value_b: Tensor) -> None:
+        rank = value_a.shape[0]
+        for factor, length in zip(pair, (value_a.shape[1], value_b.shape[0]), strict=True):
+            self.state[factor].update(
+                step=0,
+                frame=self.moments(factor, (rank, length)),
+                frame_avg=self.moments(factor, (rank, length)),
+                frame_sq=self._square(factor, rank),
+            )
+        self.state[pair[1]]["frame_rest"] = self._square(pair[1], rank)
 
-    def _step_batch(
-        self, layers: Layers, batch: list[int], group: dict[str, Any], grad_scale: float
-    ) -> list[tuple[Tensor, Tensor]]:
-        def stack(tensors: list[Tensor]) -> Tensor:
-            return torch.stack([tensors[i] for i in batch]).double()
+    @staticmethod
+    def _square(factor: Tensor, rank: int) -> Tensor:
+        return torch.zeros(rank, rank, dtype=torch.float64, device=factor.device)
 
-        state_a = [self.state[layers.parameters[i][0]] for i in batch]
-        state_b = [self.state[layers.parameters[i][1]] for i in batch]
-        a, b = stack(layers.A), stack(layers.B)
-        s = a.new_tensor([layers.scaling[i] for i in batch])[:, None, None]
-        grad_a, grad_b = stack(layers.grad_A) * grad_scale, stack(layers.grad_B) * (grad_scale / s)
-        sides = [(a, grad_a, state_a), ((b * s).mT, grad_b.mT, state_b)]
-        if layers.anchors[batch[0]] == 1:
-            sides.reverse()  # the same for the transpose of X
-        (anchor, grad_anchor, _), (other, grad_other, _) = sides
-        view = _Frames.of(anchor, other.mT, group["damping"])
-        by_other = _moments(sides[1][2], grad_other.mT @ view.to_row, view.row, group)
-        by_anchor = _moments(sides[0][2], grad_anchor.mT @ view.to_column, view.column, group)
-        lr = group["lr"]
-        keep = (1.0 - lr * group["weight_decay"]) ** 0.5
-        new = [
-            keep * anchor - lr * (by_anchor.direction @ view.to_column.mT).mT,
-            keep * other - lr * (by_other.direction @ view.to_row.mT).mT,
-        ]
-        kept = [(by_anchor, view.column), (by_other, view.row)]
-        if layers.anchors[batch[0]] == 1:
-            new.reverse()
-            kept.reverse()
-        new_a, new_b = new[0], new[1].mT / s
-        (moved_a, frame_a), (moved_b, frame_b) = kept
-        writes = []
-        for k, i in enumerate(batch):
-            writes += [(layers.A[i], new_a[k]), (layers.B[i], new_b[k])]
-            for state, moved, frame in (
-                (state_a[k], moved_a, frame_a),
-                (state_b[k], moved_b, frame_b),
-            ):
-                writes += [
-                    (state["frame_avg"], moved.average[k]),
-                    (state["frame_sq"], moved.square[k]),
-                    (state["frame"], frame[k]),
-                ]
-        return writes
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` returned; see :meth:`FactorOptimizer.load_state_dict`.
+
+        Args:
+            state_dict: Of a run with the same groups, sharded or not.
+
+        Raises:
+            ConfigError: The state of a factor is that of another optimizer, or of a version of this
+                one that kept its moments in other frames.
+        """
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if own["scalings"] is not None:
+                _require_own(state_dict["state"], saved["params"])
+        super().load_state_dict(state_dict)
 
 
-class _Frames(NamedTuple):
-    """Orthonormal frames of X's rows and columns, and what takes gradients into them."""
-
-    row: Tensor
-    """V, (*, n, r)."""
-    column: Tensor
-    """W, (*, m, r)."""
-    to_row: Tensor
-    """R_A^-1: g_B times it is G V."""
-    to_column: Tensor
-    """g_A^T times it is G^T W with the singular values damped."""
-
-    @classmethod
-    def of(cls, a: Tensor, b: Tensor, damping: float) -> _Frames:
-        inverse = factor_reference.whitening(a, b, damping).of_B  # and the rank is r
-        v, r_a = torch.linalg.qr(a.mT)
-        u, r_b = torch.linalg.qr(b)
-        left, sigma, right = torch.linalg.svd(r_b @ r_a.mT)
-        gauge = r_a.mT @ right.mT  # T with A = T Z^T for the right singular vectors Z
-        least = torch.finfo(sigma.dtype).eps * sigma[..., :1].square()
-        floor = least.clamp_min(damping)
-        denominator = sigma.square() + floor
-        filtered = sigma / torch.where(denominator == 0, 1.0, denominator)
-        return cls(v, u @ left, inverse, gauge * filtered.unsqueeze(-2))
-
-
-class _Moved(NamedTuple):
-    average: Tensor
-    square: Tensor
-    direction: Tensor
-
-
-def _moments(
-    states: list[dict[str, Any]], grad: Tensor, frame: Tensor, group: dict[str, Any]
-) -> _Moved:
-    """Carry the moments into the new frame and add the gradient, ``(*, length, r)``."""
-    beta1, beta2 = group["betas"]
-    step = states[0]["step"] + 1
-    old, average, square = (
-        torch.stack([state[name] for state in states]).double()
-        for name in ("frame", "frame_avg", "frame_sq")
-    )
-    p = frame.mT @ old
-    square = beta2 * p @ square @ p.mT + (1 - beta2) * grad.mT @ grad / grad.shape[-2]
-    values, vectors = torch.linalg.eigh(square / (1 - beta2**step))
-    root = (vectors / (values.clamp_min(0).sqrt() + group["eps"]).unsqueeze(-2)) @ vectors.mT
-    average = beta1 * average @ p.mT + (1 - beta1) * grad @ root
-    return _Moved(average, square, average / (1 - beta1**step))
+def _require_own(state: Mapping[Any, Mapping[str, Any]], keys: list[Any]) -> None:
+    for index, key in enumerate(keys):
+        kept = set(state.get(key, {}))
+        expected = {"step"} | {name for factor, name in _STATE if factor == index % 2}
+        if kept and kept != expected:
+            raise ConfigError(
+                f"the state of factor {key} holds {', '.join(sorted(kept))}, and LoRARITE keeps "
+                f"{', '.join(sorted(expected))}.",
+                hint="It is of another optimizer, or was saved by an earlier version, whose frames "
+                "were others: load the factors alone and start the optimizer anew.",
+            )

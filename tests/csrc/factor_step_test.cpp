@@ -30,6 +30,7 @@ struct Problem {
   std::vector<T> a = random<T>(rank * columns, 1), b = random<T>(rows * rank, 2);
   std::vector<T> grad_a = random<T>(rank * columns, 3), grad_b = random<T>(rows * rank, 4);
   std::vector<double> e_a = std::vector<double>(rank * rank), e_m = e_a;
+  double root_damping = 0;
 
   FactorLayer<T> layer() {
     return {a.data(), b.data(), grad_a.data(), grad_b.data(), nullptr, nullptr, nullptr,
@@ -42,7 +43,8 @@ void check_whitening(int64_t rank, double tolerance) {
   Problem<T> p{2 * rank + 5, 3 * rank + 7, rank};
   const double damping = 0.3;
   const auto layer = p.layer();
-  REQUIRE(gauge_ext::factor_step_kernels<T>().whiten(layer, damping, p.e_a.data(), p.e_m.data()));
+  REQUIRE(gauge_ext::factor_step_kernels<T>().whiten(layer, damping, p.e_a.data(), p.e_m.data(),
+                                                     &p.root_damping));
   // E_Aᵀ (A Aᵀ) E_A = I, by three plain loops
   std::vector<double> gram(rank * rank);
   for (int64_t i = 0; i < rank; ++i) {
@@ -77,7 +79,7 @@ void check_step(int64_t rank, double tolerance) {
   Problem<T> p{2 * rank + 5, 3 * rank + 7, rank};
   const auto old_a = p.a, old_b = p.b;
   const auto& kernels = gauge_ext::factor_step_kernels<T>();
-  REQUIRE(kernels.whiten(p.layer(), 0.3, p.e_a.data(), p.e_m.data()));
+  REQUIRE(kernels.whiten(p.layer(), 0.3, p.e_a.data(), p.e_m.data(), &p.root_damping));
   const FactorStep step = {0.1, 0.9, 2.0, 0, 0, 0, 1, 1, false};
   kernels.scaled_gd(p.layer(), p.e_a.data(), p.e_m.data(), step);
   const auto inverse = [&](const std::vector<double>& e, int64_t i, int64_t j) {
@@ -122,8 +124,8 @@ TEST_CASE("a factor of lower rank is refused") {
   for (int64_t c = 0; c < 8; ++c) {
     p.a[2 * 8 + c] = p.a[c];
   }
-  CHECK(
-      !gauge_ext::factor_step_kernels<float>().whiten(p.layer(), 0.1, p.e_a.data(), p.e_m.data()));
+  CHECK(!gauge_ext::factor_step_kernels<float>().whiten(p.layer(), 0.1, p.e_a.data(), p.e_m.data(),
+                                                        &p.root_damping));
 }
 
 }  // namespace

@@ -4,81 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from factor_problems import F64, LOOSE, Problem, compiled, make, relative
 from torch import Tensor
 
-from gauge_ext import _load
-from gauge_ext.ops import factor_gradient_norm, factor_step, gauge_adam_step, scaled_gd_step
-
-F64 = torch.float64
-compiled = pytest.mark.skipif(
-    not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
+from gauge_ext.ops import (
+    factor_gradient_norm,
+    factor_step,
+    gauge_adam_step,
+    pair_batches,
+    scaled_gd_step,
 )
-SHAPES = ((37, 29, 5), (64, 48, 8), (9, 9, 1), (80, 150, 64), (70, 300, 17), (5, 7, 5))
-LOOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-3, F64: 1e-11}
-
-
-@dataclass
-class Problem:
-    """Pairs in a gauge of a given condition, with gradients of a loss that is linear in X."""
-
-    A: list[Tensor]
-    B: list[Tensor]
-    grad_A: list[Tensor]
-    grad_B: list[Tensor]
-    scaling: list[float]
-    dense: list[Tensor]
-    anchors: list[int]
-
-    @property
-    def parts(self) -> tuple[list[Tensor], ...]:
-        return self.A, self.B, self.grad_A, self.grad_B
-
-    def updates(self) -> list[Tensor]:
-        return [
-            s * b.double() @ a.double()
-            for a, b, s in zip(self.A, self.B, self.scaling, strict=True)
-        ]
-
-    def state(self) -> dict[str, list[Tensor]]:
-        dtype = F64 if self.A[0].dtype == F64 else torch.float32
-        return {
-            "avg_A": [0.1 * g.to(dtype) for g in self.grad_A],
-            "avg_B": [0.2 * g.to(dtype) for g in self.grad_B],
-            "sq_A": [torch.ones(a.shape[1], dtype=dtype) for a in self.A],
-            "sq_B": [torch.ones(b.shape[0], dtype=dtype) for b in self.B],
-        }
-
-
-def make(
-    dtype: torch.dtype, condition: float = 30.0, *, zero: bool = False, shapes: Any = SHAPES
-) -> Problem:
-    generator = torch.Generator().manual_seed(5)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=F64)
-
-    p = Problem([], [], [], [], [], [], [0] * len(shapes))
-    for m, n, r in shapes:
-        half = 0.5 * torch.tensor(condition).log10().item()
-        scales = torch.logspace(-half, half, r, dtype=F64)
-        left, right = torch.linalg.qr(normal(r, r)).Q, torch.linalg.qr(normal(r, r)).Q
-        b = torch.zeros(m, r, dtype=F64) if zero else normal(m, r)
-        s = 1.7
-        a, b = ((left * scales) @ right @ normal(r, n)), b @ ((right.mT / scales) @ left.mT) / s
-        a, b = a.to(dtype), b.to(dtype)
-        g = normal(m, n)
-        p.A.append(a)
-        p.B.append(b)
-        p.grad_A.append((s * b.double().mT @ g).to(dtype))
-        p.grad_B.append((s * g @ a.double().mT).to(dtype))
-        p.scaling.append(s)
-        p.dense.append(g)
-    return p
 
 
 def adam(p: Problem, state: dict[str, list[Tensor]], **options: Any) -> None:
@@ -89,13 +28,6 @@ def adam(p: Problem, state: dict[str, list[Tensor]], **options: Any) -> None:
 def scaled(p: Problem, state: dict[str, list[Tensor]], **options: Any) -> None:
     scaled_gd_step(
         *p.parts, state["avg_A"], state["avg_B"], p.scaling, p.anchors, lr=0.01, **options
-    )
-
-
-def relative(got: list[Tensor], want: list[Tensor]) -> float:
-    return max(
-        float(torch.linalg.norm(x.double() - y.double()) / torch.linalg.norm(y.double()))
-        for x, y in zip(got, want, strict=True)
     )
 
 
@@ -111,7 +43,7 @@ def test_the_kernels_are_the_reference(
     fast, slow = make(dtype, zero=zero), make(dtype, zero=zero)
     fast_state, slow_state = fast.state(), slow.state()
     step(fast, fast_state, **options)
-    monkeypatch.setattr(factor_step, "_compiled", lambda _: False)
+    monkeypatch.setattr(factor_step, "has_kernel", lambda _: False)
     step(slow, slow_state, **options)
     before = make(dtype, zero=zero).updates()
     assert relative(fast.updates(), slow.updates()) < LOOSE[dtype]
@@ -129,7 +61,7 @@ def test_scaled_gd_moves_x_by_its_projected_gradient(
     plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
-        monkeypatch.setattr(factor_step, "_compiled", lambda _: False)
+        monkeypatch.setattr(factor_step, "has_kernel", lambda _: False)
     p = make(F64)
     old = p.updates()
     lr = 1e-6
@@ -147,7 +79,7 @@ def test_gauge_adams_first_step_divides_rows_and_columns_of_the_projected_gradie
     plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
-        monkeypatch.setattr(factor_step, "_compiled", lambda _: False)
+        monkeypatch.setattr(factor_step, "has_kernel", lambda _: False)
     p = make(F64)
     old = p.updates()
     state = {name: [torch.zeros_like(t) for t in parts] for name, parts in p.state().items()}
@@ -176,7 +108,7 @@ def test_with_the_other_anchor_the_step_is_that_of_the_transposes(
     plain: bool, zero: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
-        monkeypatch.setattr(factor_step, "_compiled", lambda _: False)
+        monkeypatch.setattr(factor_step, "has_kernel", lambda _: False)
     p = make(F64, zero=zero)
     turned = Problem(
         *([t.mT.contiguous() for t in part] for part in (p.B, p.A, p.grad_B, p.grad_A)),
@@ -201,7 +133,7 @@ def test_the_gradient_norm_is_that_of_the_projected_gradient(
     plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
-        monkeypatch.setattr(factor_step, "_compiled", lambda _: False)
+        monkeypatch.setattr(factor_step, "has_kernel", lambda _: False)
     p, damping = make(F64, 1e4), 0.25
     want = 0.0
     for x, g, a in zip(p.updates(), p.dense, p.A, strict=True):
@@ -284,7 +216,7 @@ def test_a_factor_without_full_rank_is_refused_before_anything_is_written(
     plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
-        monkeypatch.setattr(factor_step, "_compiled", lambda _: False)
+        monkeypatch.setattr(factor_step, "has_kernel", lambda _: False)
     for damage in (lambda p: p.A[1][3].zero_(), lambda p: p.B[2].fill_(torch.nan)):
         p = make(F64)
         damage(p)
@@ -342,7 +274,7 @@ def test_nothing_to_do_is_done() -> None:
 
 @compiled
 def test_a_dtype_without_a_kernel_runs_in_plain_torch_and_says_so_once() -> None:
-    factor_step._say_plain.cache_clear()
+    pair_batches.say_plain.cache_clear()
     p = make(torch.float16, 1.0, shapes=((6, 5, 2),))
     want = make(F64, 1.0, shapes=((6, 5, 2),))
     with pytest.warns(UserWarning, match=r"no compiled optimizer step for torch\.float16 on cpu"):

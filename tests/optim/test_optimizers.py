@@ -249,3 +249,36 @@ def test_create_optimizer_groups_by_the_other_learning_rate() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.002]
     assert optimizer.param_groups[0]["damping"] == 1e-5
     train(net, optimizer, 2)
+
+
+def test_lora_rite_refuses_a_state_that_is_not_its_own() -> None:
+    net = model()
+    optimizer = LoRARITE(factor_pairs(net), lr=0.01)
+    train(net, optimizer, 2)
+    saved = optimizer.state_dict()
+    earlier = copy.deepcopy(saved)
+    for state in earlier["state"].values():
+        state.pop("frame_rest", None)
+    other = GaugeAdam(factor_pairs(net), lr=0.01)
+    train(net, other, 1)
+    fresh = LoRARITE(factor_pairs(net), lr=0.01)
+    with pytest.raises(ConfigError, match="holds frame, frame_avg, frame_sq, step, and .*rest"):
+        fresh.load_state_dict(earlier)
+    with pytest.raises(ConfigError, match="holds column_sq, exp_avg, step, and LoRARITE keeps"):
+        fresh.load_state_dict(other.state_dict())
+    assert not fresh.state
+    fresh.load_state_dict(saved)
+    assert fresh.state[net[0].lora_B]["frame_rest"].dtype == F64
+
+
+def test_a_gradient_that_is_not_finite_is_no_step_of_lora_rite() -> None:
+    net = model()
+    optimizer = LoRARITE(factor_pairs(net), lr=0.01)
+    train(net, optimizer, 1)
+    before = copy.deepcopy(optimizer.state_dict()), updates(net)
+    loss_of(net, 1).backward()
+    net[0].lora_B.grad[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="Leave such a step out, as torch.amp.GradScaler does"):
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state_dict(), before[0], rtol=0, atol=0)
+    torch.testing.assert_close(updates(net), before[1], rtol=0, atol=0)

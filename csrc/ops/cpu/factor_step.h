@@ -37,11 +37,22 @@ struct FactorLayer {
   bool anchor_B;  // A may start at zero, and not B
 };
 
+// What FactorStepKernels::whiten writes
+struct FactorMetric {
+  const double* e_a;
+  const double* e_m;
+  double root_damping;
+};
+
 template <typename scalar_t>
 struct FactorStepKernels {
-  // Writes E_A and E_M, (rank, rank) upper triangular; false where the anchor has a rank below r,
-  // or a factor holds NaN.
-  bool (*whiten)(const FactorLayer<scalar_t>& layer, double damping, double* e_a, double* e_m);
+  // Writes E_A and E_M, (rank, rank) upper triangular, and √δ; false where the anchor has a rank
+  // below r, or a factor holds NaN.
+  bool (*whiten)(const FactorLayer<scalar_t>& layer,
+                 double damping,
+                 double* e_a,
+                 double* e_m,
+                 double* root_damping);
 
   // ‖g_B E_A‖² + ‖E_Mᵀ g_A‖²
   double (*gradient_norm)(const FactorLayer<scalar_t>& layer, const double* e_a, const double* e_m);

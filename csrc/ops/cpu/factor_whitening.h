@@ -48,7 +48,8 @@ bool whiten_pair(int64_t r,
                  const F& anchor_collect,
                  const G& other_collect,
                  double* e_anchor,
-                 double* e_other) {
+                 double* e_other,
+                 double* root_damping) {
   const int64_t size = r * r;
   static thread_local Scratch<double> scratch;
   double* anchor = scratch.reserve(5 * size);
@@ -65,6 +66,7 @@ bool whiten_pair(int64_t r,
     delta = 1;  // X = 0, and so is the other factor's gradient
   }
   const double root = square_root(delta);
+  *root_damping = root;
   for (int64_t i = 0; i < r; ++i) {
     for (int64_t j = 0; j < r; ++j) {
       lower[i * r + j] = root * e_anchor[j * r + i];
@@ -81,7 +83,11 @@ bool whiten_pair(int64_t r,
 }
 
 template <typename scalar_t>
-bool whiten(const FactorLayer<scalar_t>& layer, double damping, double* e_a, double* e_m) {
+bool whiten(const FactorLayer<scalar_t>& layer,
+            double damping,
+            double* e_a,
+            double* e_m,
+            double* root_damping) {
   constexpr bool kTwice = std::is_same_v<scalar_t, double>;
   const int64_t r = layer.rank;
   const auto collect_a = [&](const double* e, double* sum, const double* more = nullptr) {
@@ -98,8 +104,9 @@ bool whiten(const FactorLayer<scalar_t>& layer, double damping, double* e_a, dou
       gram.add_rows(more, r, 1.0);
     }
   };
-  return layer.anchor_B ? whiten_pair<kTwice>(r, damping, collect_b, collect_a, e_m, e_a)
-                        : whiten_pair<kTwice>(r, damping, collect_a, collect_b, e_a, e_m);
+  return layer.anchor_B
+             ? whiten_pair<kTwice>(r, damping, collect_b, collect_a, e_m, e_a, root_damping)
+             : whiten_pair<kTwice>(r, damping, collect_a, collect_b, e_a, e_m, root_damping);
 }
 
 }  // namespace

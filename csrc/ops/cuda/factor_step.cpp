@@ -28,7 +28,8 @@ using at::TensorList;
 // comes by. It has to exist before a graph is captured: a step before the capture sees to that.
 volatile int* report_of(const at::Device& device) {
   static std::mutex mutex;
-  static std::map<int, Tensor> reports;
+  // Never freed: at exit CUDA may be gone before static objects are, and pinned memory is CUDA's.
+  static auto& reports = *new std::map<int, Tensor>;
   const std::lock_guard<std::mutex> lock(mutex);
   Tensor& report = reports[device.index()];
   if (!report.defined()) {
@@ -155,7 +156,7 @@ Tensor gradient_norm(const FactorCall& call) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gauge_ext, CUDA, m) {
-  register_factor_steps(m, {&step, &gradient_norm});
+  register_factor_steps(m, {&step, &gradient_norm, nullptr});
 }
 
 }  // namespace gauge_ext::cuda

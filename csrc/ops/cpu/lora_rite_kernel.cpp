@@ -1,0 +1,378 @@
+#include "ops/cpu/lora_rite.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "ops/cpu/dense_product.h"
+#include "ops/cpu/factor_gram.h"
+#include "ops/cpu/factor_panel.h"
+
+namespace gauge_ext {
+namespace {
+
+// r x r matrices in float64 with rows that are whole vectors, zeros behind their entries
+class Squares {
+ public:
+  explicit Squares(int64_t rank) : rank_(rank), stride_(panel_width<double>(rank)) {}
+
+  int64_t stride() const { return stride_; }
+  int64_t size() const { return rank_ * stride_; }
+
+  void clear(double* x) const { std::fill(x, x + size(), 0.0); }
+
+  // From rows without gaps, times a factor
+  void read(const double* from, double* to, double scale = 1) const {
+    for (int64_t i = 0; i < rank_; ++i) {
+      for (int64_t j = 0; j < stride_; ++j) {
+        to[i * stride_ + j] = j < rank_ ? scale * from[i * rank_ + j] : 0.0;
+      }
+    }
+  }
+
+  void write(const double* from, double* to) const {
+    for (int64_t i = 0; i < rank_; ++i) {
+      std::copy(from + i * stride_, from + i * stride_ + rank_, to + i * rank_);
+    }
+  }
+
+  void transpose(const double* from, double* to) const {
+    clear(to);
+    for (int64_t i = 0; i < rank_; ++i) {
+      for (int64_t j = 0; j < rank_; ++j) {
+        to[j * stride_ + i] = from[i * stride_ + j];
+      }
+    }
+  }
+
+  // Y = Eᵀ X
+  void product(const double* e, const double* x, double* y) const {
+    dense_left_product(x, stride_, e, rank_, rank_, stride_, StoreTo<double>{y, stride_});
+  }
+
+  // S becomes Eᵀ S E, S symmetric
+  void congruence(const double* e, double* s, double* work) const {
+    product(s, e, work);
+    product(e, work, s);
+  }
+
+  void add(const double* x, double scale, double* to) const {
+    for (int64_t i = 0; i < size(); ++i) {
+      to[i] += scale * x[i];
+    }
+  }
+
+ private:
+  int64_t rank_;
+  int64_t stride_;
+};
+
+// One factor and what belongs to it.
+template <typename scalar_t>
+struct Side {
+  using acc_t = typename AccOf<scalar_t>::type;
+
+  FactorVectors<scalar_t> factor;
+  FactorVectors<const scalar_t> grad;
+  acc_t* avg;
+  acc_t* frame;
+  double* moment;
+  const double* own;    // E of the factor's frame
+  const double* other;  // E of its gradient and its step
+  double effective;     // times what is stored is the effective factor
+  const double* turn;   // of the frame that the moments are in, transposed
+  double* own_turn;     // of the factor's own frame, transposed
+  const double* rest;   // the damping's share K of the frame of the moments, or null
+};
+
+template <typename scalar_t>
+Side<scalar_t> side_A(const RiteLayer<scalar_t>& l, const FactorMetric& m, const RiteTurns& t) {
+  const auto& f = l.factors;
+  return {{f.lora_A, f.rank, f.columns, false},
+          {f.grad_A, f.rank, f.columns, false},
+          f.avg_A,
+          l.frame_A,
+          l.moment_A,
+          m.e_a,
+          m.e_m,
+          1.0,
+          t.frame_B,
+          t.frame_A,
+          f.anchor_B ? nullptr : t.rest};
+}
+
+template <typename scalar_t>
+Side<scalar_t> side_B(const RiteLayer<scalar_t>& l, const FactorMetric& m, const RiteTurns& t) {
+  const auto& f = l.factors;
+  return {{f.lora_B, f.rank, f.rows, true},
+          {f.grad_B, f.rank, f.rows, true},
+          f.avg_B,
+          l.frame_B,
+          l.moment_B,
+          m.e_m,
+          m.e_a,
+          f.scaling,
+          t.frame_A,
+          t.frame_B,
+          f.anchor_B ? t.rest : nullptr};
+}
+
+constexpr int64_t kPanelBytesOfSide = 8 * 1024;  // of five panels in use at once
+
+template <typename acc_t>
+int64_t columns_of_panel(int64_t rank) {
+  constexpr int64_t kUnit = kTriangleVectors * kWidth<acc_t>;
+  const int64_t fitting = kPanelBytesOfSide / (rank * static_cast<int64_t>(sizeof(acc_t)));
+  return std::clamp<int64_t>(fitting / kUnit * kUnit, kUnit, 512);
+}
+
+// body(range) for the panels of a side
+template <typename acc_t, typename F>
+void for_each_range(int64_t length, int64_t rank, const F& body) {
+  for_each_piece(length, columns_of_panel<acc_t>(rank), [&](int64_t first, int64_t count) {
+    body(PanelRange{first, count, panel_width<acc_t>(count)});
+  });
+}
+
+// Rows of a kept (rank, length) matrix from or to a panel
+template <typename acc_t>
+void read_kept(const acc_t* kept, int64_t length, int64_t rank, const PanelRange& p, acc_t* panel) {
+  for (int64_t k = 0; k < rank; ++k) {
+    const acc_t* from = kept + k * length + p.first;
+    std::copy(from, from + p.count, panel + k * p.width);
+  }
+  clear_columns(panel, rank, p);
+}
+
+template <typename acc_t>
+void write_kept(const acc_t* panel,
+                int64_t rank,
+                const PanelRange& p,
+                int64_t length,
+                acc_t* kept) {
+  for (int64_t k = 0; k < rank; ++k) {
+    const acc_t* from = panel + k * p.width;
+    std::copy(from, from + p.count, kept + k * length + p.first);
+  }
+}
+
+// own_turn = (Eᵀ X F_oldᵀ)ᵀ for the effective factor X as a panel of all its vectors
+template <typename scalar_t, typename acc_t = typename AccOf<scalar_t>::type>
+void measure_turn(const Side<scalar_t>& side,
+                  const Squares& squares,
+                  const double* e,
+                  double* sum) {
+  const int64_t r = side.factor.rank, rows = (r + 3) / 4 * 4;
+  static thread_local Scratch<acc_t> scratch;
+  const int64_t room = rows * columns_of_panel<acc_t>(r);
+  acc_t* x = scratch.reserve(2 * room);
+  acc_t* old = x + room;
+  squares.clear(sum);
+  for_each_range<acc_t>(side.factor.length, r, [&](const PanelRange& p) {
+    side.factor.read(p, x);
+    read_kept(side.frame, side.factor.length, r, p, old);
+    std::fill(x + r * p.width, x + rows * p.width, acc_t(0));
+    std::fill(old + r * p.width, old + rows * p.width, acc_t(0));
+    add_cross_products(x, old, p.width, r, sum, squares.stride());
+  });
+  for (int64_t i = 0; i < squares.size(); ++i) {
+    sum[i] *= side.effective;
+  }
+  squares.product(sum, e, side.own_turn);
+}
+
+// The new second moments of a side's gradients, without gaps; false where they are not finite
+template <typename scalar_t>
+bool measure_moment(const Side<scalar_t>& side,
+                    const Squares& squares,
+                    const FactorStep& step,
+                    const double* e,
+                    double* work,
+                    double* moment) {
+  // In float64 the gradients are whitened before their Gram matrix is taken, which else would have
+  // the square of the gauge's condition; in float32 their own rounding is coarser than that.
+  constexpr bool kFirst = std::is_same_v<scalar_t, double>;
+  const int64_t r = side.factor.rank, stride = squares.stride();
+  double* fresh = work;
+  double* carried = fresh + squares.size();
+  double* room = carried + squares.size();
+  std::fill(moment, moment + r * r, 0.0);
+  GramSum gram(r, kFirst ? side.other : nullptr, moment);
+  if (side.grad.in_rows) {
+    gram.add_rows(side.grad.data, side.grad.length, 1.0);
+  } else {
+    gram.add_columns(side.grad.data, side.grad.length);
+  }
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < i; ++j) {
+      moment[i * r + j] = moment[j * r + i];
+    }
+  }
+  squares.read(moment, fresh);
+  if constexpr (!kFirst) {
+    squares.congruence(e, fresh, room);
+  }
+  squares.read(side.moment, carried);
+  squares.congruence(side.turn, carried, room);
+  const double units = step.grad_scale / side.effective;
+  const double weight = (1 - step.second) * units * units / static_cast<double>(side.grad.length);
+  double check = 0;  // NaN unless all are finite
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      const double value = step.second * carried[i * stride + j] + weight * fresh[i * stride + j];
+      moment[i * r + j] = moment[j * r + i] = value;
+      check += value * 0;
+    }
+  }
+  return check == 0;
+}
+
+template <typename scalar_t>
+bool measure(const RiteLayer<scalar_t>& layer,
+             const FactorMetric& metric,
+             const FactorStep& step,
+             const RiteTurns& turns,
+             double* moment_A,
+             double* moment_B) {
+  const Squares squares(layer.factors.rank);
+  const int64_t size = squares.size();
+  static thread_local Scratch<double> scratch;
+  double* e_a = scratch.reserve(5 * size);
+  double* e_m = e_a + size;
+  double* work = e_m + size;  // three
+  squares.read(metric.e_a, e_a);
+  squares.read(metric.e_m, e_m);
+  const auto of_A = side_A(layer, metric, turns);
+  const auto of_B = side_B(layer, metric, turns);
+  measure_turn(of_A, squares, e_a, work);
+  measure_turn(of_B, squares, e_m, work);
+  // The frame that is not the anchor's goes on along the anchor's, for the damping: Kᵀ P K_old
+  const bool anchor_B = layer.factors.anchor_B;
+  squares.product(anchor_B ? e_m : e_a, anchor_B ? e_a : e_m, turns.rest);
+  for (int64_t i = 0; i < size; ++i) {
+    turns.rest[i] *= metric.root_damping;
+  }
+  squares.transpose(anchor_B ? turns.frame_B : turns.frame_A, work);
+  squares.product(work, turns.rest, work + size);
+  squares.read(layer.rest, work);
+  squares.product(work, work + size, work + 2 * size);
+  squares.add(work + 2 * size, 1, anchor_B ? turns.frame_A : turns.frame_B);
+  const bool finite_A = measure_moment(of_A, squares, step, e_m, work, moment_A);
+  const bool finite_B = measure_moment(of_B, squares, step, e_a, work, moment_B);
+  return finite_A && finite_B;
+}
+
+// (v̂^½ + ε)⁻¹ from the eigenvectors, as rows
+void inverse_roots(const RiteMoment& moment,
+                   const Squares& squares,
+                   const FactorStep& step,
+                   int64_t r,
+                   double* work,
+                   double* root) {
+  double* scaled = work + squares.size();
+  squares.read(moment.eigenvectors, work);
+  const double largest = moment.eigenvalues[r - 1];
+  for (int64_t i = 0; i < r; ++i) {
+    const double factor = inverse_root(moment.eigenvalues[i], largest, step);
+    for (int64_t j = 0; j < squares.stride(); ++j) {
+      scaled[i * squares.stride() + j] = factor * work[i * squares.stride() + j];
+    }
+  }
+  squares.product(work, scaled, root);
+}
+
+template <typename scalar_t>
+void descend_side(const Side<scalar_t>& side, const FactorStep& step, const RiteMoment& moment) {
+  using acc_t = typename AccOf<scalar_t>::type;
+  const int64_t r = side.factor.rank, length = side.factor.length;
+  const Squares squares(r);
+  const int64_t size = squares.size(), stride = squares.stride();
+  static thread_local Scratch<double> matrices;
+  double* transposed = matrices.reserve(5 * size);  // Eᵀ
+  double* root = transposed + size;
+  double* blended = root + size;  // E (v̂^½ + ε)⁻¹
+  double* work = blended + size;
+  squares.read(side.other, work);
+  squares.transpose(work, transposed);
+  inverse_roots(moment, squares, step, r, work, root);
+  squares.product(transposed, root, blended);
+  if (side.rest != nullptr) {  // the step is E (I - Kᵀ K) q
+    squares.product(side.rest, side.rest, work);
+    squares.product(work, transposed, root);
+    squares.add(root, -1, transposed);
+  }
+
+  static thread_local Scratch<acc_t> scratch;
+  const int64_t room = r * columns_of_panel<acc_t>(r);
+  acc_t* into =
+      scratch.reserve(4 * r * r + 5 * room);  // (2 r, r): of the old average, the gradient
+  acc_t* back = into + 2 * r * r;
+  acc_t* own = back + r * r;
+  acc_t* panels = own + r * r;  // the old average and the gradient, below it
+  acc_t* average = panels + 2 * room;
+  acc_t* x = average + room;
+  acc_t* frame = x + room;
+  const double fresh = (1 - step.average) * step.grad_scale / side.effective;
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j) {
+      into[i * r + j] = static_cast<acc_t>(step.average * side.turn[i * stride + j]);
+      into[(r + i) * r + j] = static_cast<acc_t>(fresh * blended[i * stride + j]);
+      back[i * r + j] = static_cast<acc_t>(transposed[i * stride + j]);
+      own[i * r + j] = static_cast<acc_t>(side.effective * side.own[i * r + j]);
+    }
+  }
+  const auto keep = static_cast<acc_t>(step.keep);
+  const auto rate = static_cast<acc_t>(step.lr / (step.correction1 * side.effective));
+  for_each_range<acc_t>(length, r, [&](const PanelRange& p) {
+    read_kept(side.avg, length, r, p, panels);
+    side.grad.read(p, panels + r * p.width);
+    side.factor.read(p, x);
+    dense_left_product(panels, p.width, into, 2 * r, r, r, StoreTo<acc_t>{average, p.width});
+    write_kept(average, r, p, length, side.avg);
+    left_product(x, p.width, own, r, r, Triangle::kUpper, StoreTo<acc_t>{frame, p.width});
+    write_kept(frame, r, p, length, side.frame);
+    const auto move = [&](int64_t k, int64_t c, const Vec<acc_t>& value) GAUGE_EXT_INLINE {
+      acc_t* to = x + k * p.width + c;
+      store<acc_t>(to, keep * load<acc_t>(to) - rate * value);
+    };
+    if (side.rest != nullptr) {
+      dense_left_product(average, p.width, back, r, r, r, move);
+    } else {
+      left_product(average, p.width, back, r, r, Triangle::kLower, move);
+    }
+    side.factor.write(p, x);
+  });
+  std::copy(moment.value, moment.value + r * r, side.moment);
+}
+
+template <typename scalar_t>
+void descend(const RiteLayer<scalar_t>& layer,
+             const FactorMetric& metric,
+             const FactorStep& step,
+             const RiteTurns& turns,
+             const RiteMoment& moment_A,
+             const RiteMoment& moment_B) {
+  descend_side(side_A(layer, metric, turns), step, moment_A);
+  descend_side(side_B(layer, metric, turns), step, moment_B);
+  Squares(layer.factors.rank).write(turns.rest, layer.rest);
+}
+
+template <typename scalar_t>
+constexpr RiteKernels<scalar_t> table() {
+  return {&measure<scalar_t>, &descend<scalar_t>};
+}
+
+}  // namespace
+
+namespace CPU_CAPABILITY {
+
+extern const RiteKernels<float> rite_float;
+extern const RiteKernels<double> rite_double;
+extern const RiteKernels<BFloat16Bits> rite_bfloat16;
+
+const RiteKernels<float> rite_float = table<float>();
+const RiteKernels<double> rite_double = table<double>();
+const RiteKernels<BFloat16Bits> rite_bfloat16 = table<BFloat16Bits>();
+
+}  // namespace CPU_CAPABILITY
+}  // namespace gauge_ext
