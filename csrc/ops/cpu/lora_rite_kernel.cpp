@@ -117,7 +117,7 @@ Side<scalar_t> side_B(const RiteLayer<scalar_t>& l, const FactorMetric& m, const
           f.anchor_B ? t.rest : nullptr};
 }
 
-constexpr int64_t kPanelBytesOfSide = 8 * 1024;  // of five panels in use at once
+constexpr int64_t kPanelBytesOfSide = 24 * 1024;  // of five panels, in the second-level cache
 
 template <typename acc_t>
 int64_t columns_of_panel(int64_t rank) {
