@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -144,6 +145,23 @@ def test_the_gradient_norm_is_that_of_the_projected_gradient(
     got = factor_gradient_norm(*p.parts, p.scaling, p.anchors, damping=damping)
     assert got.dtype == F64
     assert float(got) == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_gradient_norm_is_summed_in_float64(
+    plain: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plain:
+        monkeypatch.setattr(factor_step, "has_kernel", lambda _: False)
+    # Beside 2^28 each of the other squares, 2^-10, is nothing in float32; together they are 20.
+    rows = 20481
+    a, b = torch.tensor([[1.0, 0.0]], dtype=dtype), torch.ones(rows, 1, dtype=dtype)
+    grad = torch.full((rows, 1), 2.0**-5, dtype=dtype)
+    grad[0] = 2.0**14
+    want = math.fsum(float(g) ** 2 for g in grad.flatten().double())
+    got = factor_gradient_norm([a], [b], [torch.zeros_like(a)], [grad], [1.0], [0])
+    assert want == 2.0**28 + 20
+    assert float(got) == want
 
 
 @pytest.mark.parametrize("step", [adam, scaled])
