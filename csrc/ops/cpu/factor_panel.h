@@ -106,5 +106,27 @@ struct FactorVectors {
   }
 };
 
+// Rows of a kept (rank, length) matrix from or to a panel
+template <typename acc_t>
+void read_kept(const acc_t* kept, int64_t length, int64_t rank, const PanelRange& p, acc_t* panel) {
+  for (int64_t k = 0; k < rank; ++k) {
+    const acc_t* from = kept + k * length + p.first;
+    std::copy(from, from + p.count, panel + k * p.width);
+  }
+  clear_columns(panel, rank, p);
+}
+
+template <typename acc_t>
+void write_kept(const acc_t* panel,
+                int64_t rank,
+                const PanelRange& p,
+                int64_t length,
+                acc_t* kept) {
+  for (int64_t k = 0; k < rank; ++k) {
+    const acc_t* from = panel + k * p.width;
+    std::copy(from, from + p.count, kept + k * length + p.first);
+  }
+}
+
 }  // namespace
 }  // namespace gauge_ext

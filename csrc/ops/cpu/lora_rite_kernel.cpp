@@ -7,65 +7,10 @@
 #include "ops/cpu/dense_product.h"
 #include "ops/cpu/factor_gram.h"
 #include "ops/cpu/factor_panel.h"
+#include "ops/cpu/squares.h"
 
 namespace gauge_ext {
 namespace {
-
-// r x r matrices in float64 with rows that are whole vectors, zeros behind their entries
-class Squares {
- public:
-  explicit Squares(int64_t rank) : rank_(rank), stride_(panel_width<double>(rank)) {}
-
-  int64_t stride() const { return stride_; }
-  int64_t size() const { return rank_ * stride_; }
-
-  void clear(double* x) const { std::fill(x, x + size(), 0.0); }
-
-  // From rows without gaps, times a factor
-  void read(const double* from, double* to, double scale = 1) const {
-    for (int64_t i = 0; i < rank_; ++i) {
-      for (int64_t j = 0; j < stride_; ++j) {
-        to[i * stride_ + j] = j < rank_ ? scale * from[i * rank_ + j] : 0.0;
-      }
-    }
-  }
-
-  void write(const double* from, double* to) const {
-    for (int64_t i = 0; i < rank_; ++i) {
-      std::copy(from + i * stride_, from + i * stride_ + rank_, to + i * rank_);
-    }
-  }
-
-  void transpose(const double* from, double* to) const {
-    clear(to);
-    for (int64_t i = 0; i < rank_; ++i) {
-      for (int64_t j = 0; j < rank_; ++j) {
-        to[j * stride_ + i] = from[i * stride_ + j];
-      }
-    }
-  }
-
-  // Y = Eᵀ X
-  void product(const double* e, const double* x, double* y) const {
-    dense_left_product(x, stride_, e, rank_, rank_, stride_, StoreTo<double>{y, stride_});
-  }
-
-  // S becomes Eᵀ S E, S symmetric
-  void congruence(const double* e, double* s, double* work) const {
-    product(s, e, work);
-    product(e, work, s);
-  }
-
-  void add(const double* x, double scale, double* to) const {
-    for (int64_t i = 0; i < size(); ++i) {
-      to[i] += scale * x[i];
-    }
-  }
-
- private:
-  int64_t rank_;
-  int64_t stride_;
-};
 
 // One factor and what belongs to it.
 template <typename scalar_t>
@@ -132,28 +77,6 @@ void for_each_range(int64_t length, int64_t rank, const F& body) {
   for_each_piece(length, columns_of_panel<acc_t>(rank), [&](int64_t first, int64_t count) {
     body(PanelRange{first, count, panel_width<acc_t>(count)});
   });
-}
-
-// Rows of a kept (rank, length) matrix from or to a panel
-template <typename acc_t>
-void read_kept(const acc_t* kept, int64_t length, int64_t rank, const PanelRange& p, acc_t* panel) {
-  for (int64_t k = 0; k < rank; ++k) {
-    const acc_t* from = kept + k * length + p.first;
-    std::copy(from, from + p.count, panel + k * p.width);
-  }
-  clear_columns(panel, rank, p);
-}
-
-template <typename acc_t>
-void write_kept(const acc_t* panel,
-                int64_t rank,
-                const PanelRange& p,
-                int64_t length,
-                acc_t* kept) {
-  for (int64_t k = 0; k < rank; ++k) {
-    const acc_t* from = panel + k * p.width;
-    std::copy(from, from + p.count, kept + k * length + p.first);
-  }
 }
 
 // own_turn = (Eᵀ X F_oldᵀ)ᵀ for the effective factor X as a panel of all its vectors
