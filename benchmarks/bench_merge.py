@@ -9,6 +9,8 @@ shape alone; ``--json FILE`` writes every figure.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import statistics
 import time
@@ -106,6 +108,9 @@ def whole_model(how: str, dtype: torch.dtype, rank: int) -> tuple[float, int]:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=1e-3)
+    # What former models left with the allocator would hide what this one takes.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident
     before = resident("VmRSS")
     start = time.perf_counter()
