@@ -69,8 +69,8 @@ inline __attribute__((always_inline)) Vec<acc_t> nearest(const Vec<acc_t>& value
   if constexpr (std::is_same_v<scalar_t, BFloat16Bits>) {
     const Words bits = reinterpret_cast<Words>(value);
     const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
-    const Words is_nan = above(bits & 0x7FFFFFFFu, 0x7F800000u);
-    return reinterpret_cast<Vec<float>>((rounded & ~is_nan) | (is_nan & 0x7FC00000u));
+    const Words nan = Words{} + 0x7FC00000u;
+    return reinterpret_cast<Vec<float>>(value != value ? nan : rounded);
   } else if constexpr (std::is_same_v<scalar_t, Float16Bits>) {
     Float16Bits half[kWidth<float>];
     store_half(half, value);
