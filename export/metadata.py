@@ -21,10 +21,18 @@ from gauge_ext.adapters import WrappedAdapter
 from gauge_ext.adapters.quantized import is_encoded
 from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.checkpoint import adapter_sha256
+from gauge_ext.checkpoint.on_model import adapter_parts
 from gauge_ext.errors import ConfigError
 from gauge_ext.export.disk.files import write_errors
 from gauge_ext.export.trace.inputs import Bounds
-from gauge_ext.models import adapters, attached_modules, attachment, lora_layers
+from gauge_ext.models import (
+    adapter_names,
+    adapters,
+    attached_modules,
+    attachment,
+    lora_layers,
+)
+from gauge_ext.models.roster import active_pairs
 
 if TYPE_CHECKING:
     from gauge_ext.export.report import ValidationReport
@@ -47,8 +55,10 @@ def provenance(model: nn.Module, extra: Mapping[str, str] | None = None) -> dict
 
         - ``version``, ``torch_version``, ``onnxscript_version``
         - ``base_sha256``: :func:`base_sha256`; not where the base is lost
-        - ``adapter_sha256``: as :func:`gauge_ext.checkpoint.adapter_sha256`; only with an adapter
-        - ``adapted_layers``: JSON, path -> {"rank", "scaling"}; only with an adapter
+        - ``adapter_sha256``: as :func:`gauge_ext.checkpoint.adapter_sha256`; only with an adapter.
+          Of several adapters those that work, joined by ``+``
+        - ``adapted_layers``: JSON, path -> {"rank", "scaling"}, in lists where there are several
+          adapters; only with an adapter
 
     Raises:
         ConfigError: a key of ``extra`` is one of these, or something is not text.
@@ -61,12 +71,8 @@ def provenance(model: nn.Module, extra: Mapping[str, str] | None = None) -> dict
     base = base_sha256(model)
     if base is not None:
         said["base_sha256"] = base
-    layers = adapters(model)
-    if layers:
-        said["adapter_sha256"] = adapter_sha256(model)
-        said["adapted_layers"] = json.dumps(
-            {name: {"rank": layer.rank, "scaling": layer.scaling} for name, layer in layers.items()}
-        )
+    if adapters(model):
+        said |= _of_adapters(model)
     for key, value in (extra or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ConfigError(f"provenance must map text to text, got {key!r}: {value!r}.")
@@ -74,6 +80,29 @@ def provenance(model: nn.Module, extra: Mapping[str, str] | None = None) -> dict
             raise ConfigError(f"provenance: {key!r} is written by gauge_ext itself.")
         said[key] = value
     return said
+
+
+def _of_adapters(model: nn.Module) -> dict[str, str]:
+    """Digest, ranks and scalings of the adapters that work."""
+    owners = attached_modules(model)
+    owner = owners[0] if len(owners) == 1 else model
+    active = active_pairs(owner)
+    if len(adapter_names(owner) if owners else ()) < 2:
+        layers = {
+            name: {"rank": layer.rank, "scaling": layer.scaling}
+            for name, layer in adapters(model).items()
+        }
+        return {"adapter_sha256": adapter_sha256(model), "adapted_layers": json.dumps(layers)}
+    several: dict[str, dict[str, list[float]]] = {}
+    for name, weight in active:
+        for path, part in adapter_parts(owner, name, "exported")[1].items():
+            said = several.setdefault(path, {"rank": [], "scaling": []})
+            said["rank"].append(part.rank)
+            said["scaling"].append(weight * part.scaling)
+    return {
+        "adapter_sha256": "+".join(adapter_sha256(model, name) for name, _ in active),
+        "adapted_layers": json.dumps(several),
+    }
 
 
 def annotate(graph: Graph, said: Mapping[str, str]) -> dict[str, str]:

@@ -210,7 +210,8 @@ def effective_factors(
     The product with the scaling is taken in float64 and rounded to float32 (float64 stays).
     """
     from gauge_ext.checkpoint import AdapterCheckpoint, adapter_sha256, read_adapter
-    from gauge_ext.models import adapter_config, lora_layers
+    from gauge_ext.checkpoint.on_model import adapter_parts
+    from gauge_ext.models import whole_parameters
 
     if isinstance(adapter, str | os.PathLike):
         adapter = read_adapter(adapter)
@@ -224,16 +225,18 @@ def effective_factors(
             for name, pair in adapter.tensors.items()
         }
         return factors, adapter.sha256, str(adapter.path)
-    layers = lora_layers(adapter)
-    if not layers:
-        adapter_config(adapter)  # says what is wrong where nothing is attached
-    for name, layer in layers.items():
-        found = {k: t for k, t in layer.state_dict().items() if k.startswith("lora_")}
-        _require_plain(name, {**found, "kind": layer.kind})
+    chosen, parts = adapter_parts(adapter, None, "written")
+    for path, part in parts.items():
+        started = {"lora_A0": part.rank} if part.pair.rank != part.rank else {}
+        _require_plain(path, {**vars(part.pair), **started})
     factors = {
-        name: _scaled(layer.lora_A, layer.lora_B, layer.scaling) for name, layer in layers.items()
+        path: _scaled(part.pair.lora_A, part.pair.lora_B, part.scaling)
+        for path, part in parts.items()
     }
-    return factors, adapter_sha256(adapter), f"the adapter on this {type(adapter).__name__}"
+    if whole := whole_parameters(adapter):
+        raise _no_pair(next(iter(whole)), "a weight that was trained whole")
+    digest = adapter_sha256(adapter, chosen)
+    return factors, digest, f"the adapter on this {type(adapter).__name__}"
 
 
 def _require_plain(name: str, parts: Mapping[str, Any]) -> None:

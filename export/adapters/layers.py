@@ -20,8 +20,15 @@ from torch.nn import functional as F
 from gauge_ext.adapters import LoRAConfig, WrappedAdapter
 from gauge_ext.errors import AdapterStateError, ConfigError, ExportError, TargetError
 from gauge_ext.export.adapters.table import AdapterInput
-from gauge_ext.models import attached_modules, detach, find_targets, lora_layers
+from gauge_ext.models import (
+    adapter_names,
+    attached_modules,
+    detach,
+    find_targets,
+    lora_layers,
+)
 from gauge_ext.models.adapted import unwrap
+from gauge_ext.models.roster import require_one
 
 # Of the factors that are traced; it leaves no trace in the graph.
 _RANK = 2
@@ -154,6 +161,8 @@ def _refuse_other_adapters(model: nn.Module) -> None:
                 f"{type(module).__name__}.",
                 hint=_MERGE_HINT,
             )
+    if adapter_names(model):
+        require_one(model, "mode='adapters'")
     for name, layer in lora_layers(model).items():
         if layer.merged:
             raise AdapterStateError(

@@ -14,7 +14,8 @@ from gauge_ext.adapters.tokens import TOKENS
 from gauge_ext.checkpoint.format import LoRAPair
 from gauge_ext.checkpoint.hashing import HashedFactor, hash_factors
 from gauge_ext.checkpoint.nesting import file_names
-from gauge_ext.models import adapter_config, adapters, attached_modules, whole_parameters
+from gauge_ext.checkpoint.on_model import adapter_parts
+from gauge_ext.models import adapter_config, adapter_names, attached_modules, whole_parameters
 
 
 def adapter_digest(
@@ -37,28 +38,33 @@ def adapter_digest(
     return _digest(config, scalings, tensors, whole or {})
 
 
-def adapter_sha256(model: nn.Module) -> str:
-    """Return the digest of the adapters on ``model``: that of the folder they are saved to.
+def adapter_sha256(model: nn.Module, name: str | None = None) -> str:
+    """Return the digest of an adapter on ``model``: that of the folder it is saved to.
 
     Adapters that were put on one submodule, such as the encoder within a pipeline, are saved from
     there, and count with their paths from there.
 
+    Args:
+        model: A model with adapters.
+        name: Which of several; None: the only one, or the only active one.
+
     Raises:
-        AdapterStateError: No adapters are attached.
+        AdapterStateError: No adapters are attached, none of that name, or several and it is not
+            said which.
     """
     owners = attached_modules(model)
     owner = owners[0] if len(owners) == 1 else model
-    layers = adapters(owner)
-    if not layers:
-        adapter_config(model)  # says what is wrong where nothing is attached
-    names = file_names(layers)
-    pairs = {names[path]: LoRAPair.of(layer) for path, layer in layers.items()}
-    scalings = {names[path]: layer.scaling for path, layer in layers.items()}
-    on_parameters = [name for name, pair in pairs.items() if pair.kind == "parameter"]
-    trained = whole_parameters(owner)
-    config = adapter_config(owner) if on_parameters or trained else LoRAConfig()
-    for name in on_parameters:
-        scalings[name] = config.scaling_for(name)
+    name, parts = adapter_parts(owner, name, "hashed")
+    names = file_names({path: part.layer for path, part in parts.items()})
+    pairs = {names[path]: part.pair for path, part in parts.items()}
+    scalings = {names[path]: part.scaling for path, part in parts.items()}
+    on_parameters = [path for path, pair in pairs.items() if pair.kind == "parameter"]
+    # What is trained whole belongs to the oldest adapter, which alone can have asked for it.
+    oldest = name is None or name == adapter_names(owner)[0]
+    trained = whole_parameters(owner) if oldest else {}
+    config = adapter_config(owner, name) if on_parameters or trained else LoRAConfig()
+    for path in on_parameters:
+        scalings[path] = config.scaling_for(path)
     return _digest(config, scalings, pairs, trained)
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from gauge_ext.checkpoint.digest import adapter_digest
 from gauge_ext.checkpoint.format import LoRAPair
+from gauge_ext.checkpoint.on_model import adapter_parts
 from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
 from gauge_ext.geometry import LoRAPoint
 from gauge_ext.geometry.equal_energy import quantisation_factor
 from gauge_ext.geometry.fingerprint import Fingerprint, fingerprint_points
 from gauge_ext.geometry.gauge import GaugeName
-from gauge_ext.models import adapter_config, adapters
 from gauge_ext.models.regauge import regauge_factors, regauge_model, require_one_matrix
 
 Saved = AdapterCheckpoint | str | os.PathLike[str]
@@ -123,18 +123,16 @@ def adapter_points(adapter: nn.Module | Saved) -> dict[str, LoRAPoint]:
     """Return the effective factors ``(scaling * lora_B, lora_A)`` by module, in float64.
 
     Args:
-        adapter: A model with adapters, a saved adapter, or the folder of one.
+        adapter: A model with adapters, of which the only one or the only active one is taken, a
+            saved adapter, or the folder of one.
 
     Raises:
-        AdapterStateError: The model has no adapters.
+        AdapterStateError: The model has no adapters, or several and not one of them is active.
         AdapterFormatError: The folder holds no adapter that can be read.
     """
     if isinstance(adapter, nn.Module):
-        adapter_config(adapter)  # says what is wrong where nothing is attached
-        return {
-            name: _point(name, LoRAPair.of(layer), layer.scaling)
-            for name, layer in adapters(adapter).items()
-        }
+        _, parts = adapter_parts(adapter, None, "looked at")
+        return {name: _point(name, part.pair, part.scaling) for name, part in parts.items()}
     checkpoint = _checkpoint(adapter)
     return {
         name: _point(name, pair, checkpoint.config.scaling_for(name))

@@ -35,18 +35,17 @@ from gauge_ext.checkpoint.format import (
     whole_key,
 )
 from gauge_ext.checkpoint.nesting import file_names
+from gauge_ext.checkpoint.on_model import adapter_parts
 from gauge_ext.checkpoint.portable import make_portable
 from gauge_ext.checkpoint.staging import staged_folder, write_bytes
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError, NonFiniteError
 from gauge_ext.models.adapted import (
     adapter_config,
-    adapters,
     base_modules,
-    lora_layers,
     unwrap,
     whole_parameters,
 )
-from gauge_ext.models.roster import adapter_names, sole_name
+from gauge_ext.models.roster import adapter_names
 
 # Names of the modules whose base weight PEFT saves along where they are adapted.
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
@@ -86,29 +85,22 @@ def save_adapter(
         WriteError: The system refused a write; nothing is left or changed at ``path``.
     """
     inner = unwrap(model)
-    layers: dict[str, Adapter] = dict(adapters(inner))
-    named = bool(lora_layers(inner)) or not layers
-    if named:
-        name = sole_name(inner, "saved") if name is None else name
-        config = adapter_config(inner, name)
-        layers = {
-            path: layer
-            for path, layer in layers.items()
-            if not isinstance(layer, AdaptedLayer) or name in layer.names
-        }
-    parts = {path: _parts(layer, name) for path, layer in layers.items()}
-    pairs = {path: pair for path, (pair, _, _) in parts.items()}
-    scalings = {path: scaling for path, (_, _, scaling) in parts.items()}
-    if not named:  # adapters that hold their base have no config but themselves
+    name, parts = adapter_parts(inner, name, "saved")
+    layers = {path: part.layer for path, part in parts.items()}
+    pairs = {path: part.pair for path, part in parts.items()}
+    scalings = {path: part.scaling for path, part in parts.items()}
+    if name is None:  # adapters that hold their base have no config but themselves
         config = describe_pairs(pairs, scaling=scalings, modules=plain_paths(inner))
-    for at, (pair, rank, scaling) in parts.items():
+    else:
+        config = adapter_config(inner, name)
+    for at, (_, pair, rank, scaling) in parts.items():
         _check(at, pair, rank, scaling, config)
         _require_finite(at, pair)
     targets = [n for n, layer in layers.items() if layer.kind not in ("out_proj", "parameter")]
     config = describe(inner, config, targets)
     on_parameters = [path for path, pair in pairs.items() if pair.kind == "parameter"]
     started = any(
-        pair.rank != rank for path, (pair, rank, _) in parts.items() if path not in on_parameters
+        part.pair.rank != part.rank for path, part in parts.items() if path not in on_parameters
     )
     if on_parameters and (portable or started):
         raise ConfigError(
@@ -137,7 +129,7 @@ def save_adapter(
         }
     # What is trained whole belongs to the oldest adapter, which alone can have asked for it.
     whole: dict[str, torch.Tensor] = {}
-    if not named or name == adapter_names(inner)[0]:
+    if name is None or name == adapter_names(inner)[0]:
         whole |= whole_parameters(inner)
     for at, tensor in whole.items():
         if not bool(tensor.isfinite().all()):
@@ -157,15 +149,6 @@ def save_adapter(
         whole |= _embeddings(inner, layers)
     names = file_names(layers)
     return _write(written, {names[at]: pair for at, pair in pairs.items()}, path, whole)
-
-
-def _parts(layer: Adapter, name: str | None) -> tuple[LoRAPair, int, float]:
-    """Tensors, rank and scaling of an adapter: of the one called ``name`` where there are names."""
-    if not isinstance(layer, AdaptedLayer) or name is None:
-        return LoRAPair.of(layer), layer.rank, layer.scaling
-    slot = layer.adapter(name)
-    pair = LoRAPair(**layer.tensors_of(slot), kind=layer.kind)
-    return pair, layer.rank_of(slot), slot.scaling
 
 
 def _embeddings(model: nn.Module, layers: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:

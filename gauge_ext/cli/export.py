@@ -115,7 +115,10 @@ def export(
     ] = None,
     precision: Annotated[
         options.Precision,
-        typer.Option(help="How the weights are stored, quantized after the merge and measured."),
+        typer.Option(
+            help="How the weights are stored: quantized after the merge, or beside the inputs for "
+            "adapters; what that loses is measured."
+        ),
     ] = options.Precision.FP32,
     block_size: options.BlockSize = None,
     keep: options.Keep = None,

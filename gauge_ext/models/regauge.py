@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gauge_ext.adapters import AdaptedLayer, Kind
+from gauge_ext.adapters import Kind
+from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.errors import AdapterStateError, GaugeError, GeometryError, NonFiniteError
 from gauge_ext.geometry import LoRAPoint
 from gauge_ext.geometry.gauge import GaugeName, to_gauge
-from gauge_ext.models.adapted import adapter_config, lora_layers
+from gauge_ext.models.adapted import lora_layers
+from gauge_ext.models.roster import adapter_slots, sole_name
 
 # What torch's optimizers keep for a parameter, by how it has to move with the gauge: averages of
 # gradients like a gradient, averages of their squares entry by entry in a way of their own.
@@ -24,8 +26,8 @@ _INVARIANTS = frozenset({"row_sq", "column_sq", "frame", "frame_avg", "frame_sq"
 
 
 @torch.no_grad()
-def regauge_model(model: nn.Module, gauge: GaugeName) -> dict[str, Tensor]:
-    r"""Bring the adapters of a model to a canonical gauge, in place.
+def regauge_model(model: nn.Module, gauge: GaugeName, name: str | None = None) -> dict[str, Tensor]:
+    r"""Bring an adapter of a model to a canonical gauge, in place.
 
     .. math:: B \to B G^{-1}, \quad A \to G A
 
@@ -41,6 +43,7 @@ def regauge_model(model: nn.Module, gauge: GaugeName) -> dict[str, Tensor]:
     Args:
         model: A model with adapters, merged or not.
         gauge: See :func:`gauge_ext.geometry.gauge.to_gauge`.
+        name: Which of several adapters; None: the only one, or the only active one.
 
     Returns:
         Path of each layer that changed -> its G ``(r, r)`` in float64, which
@@ -48,21 +51,23 @@ def regauge_model(model: nn.Module, gauge: GaugeName) -> dict[str, Tensor]:
 
     Raises:
         ConfigError: There is no such gauge.
-        AdapterStateError: No adapters are attached.
+        AdapterStateError: No adapters are attached, none of that name, or several and it is not
+            said which.
         NonFiniteError: A factor holds NaN or infinity, or would leave the range of its dtype.
         GeometryError: An adapter is on a grouped convolution or on a bare parameter.
     """
-    adapter_config(model)  # says what is wrong where nothing is attached
+    layers = lora_layers(model)
+    slots = adapter_slots(model, sole_name(model, "regauged") if name is None else name)
     found = {}
-    for name, layer in lora_layers(model).items():
-        require_one_matrix(name, layer.kind, layer.lora_A, layer.lora_B)
-        b, a, g, rank = regauge_factors(name, layer.lora_B, layer.lora_A, layer.scaling, gauge)
-        if rank == layer.rank:
-            found[name] = (layer, b, a, g)
-    for layer, b, a, _ in found.values():
-        layer.lora_B.copy_(b)
-        layer.lora_A.copy_(a)
-    return {name: g for name, (_, _, _, g) in found.items()}
+    for path, slot in slots.items():
+        require_one_matrix(path, layers[path].kind, slot.lora_A, slot.lora_B)
+        b, a, g, rank = regauge_factors(path, slot.lora_B, slot.lora_A, slot.scaling, gauge)
+        if rank == layers[path].rank_of(slot):
+            found[path] = (slot, b, a, g)
+    for slot, b, a, _ in found.values():
+        slot.lora_B.copy_(b)
+        slot.lora_A.copy_(a)
+    return {path: g for path, (_, _, _, g) in found.items()}
 
 
 def require_one_matrix(name: str, kind: Kind, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -135,7 +140,10 @@ def regauge_factors(
 
 @torch.no_grad()
 def regauge_optimizer_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module, gauges: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    gauges: Mapping[str, Tensor],
+    name: str | None = None,
 ) -> None:
     r"""Carry an optimizer's state along with :func:`regauge_model`, in place.
 
@@ -158,38 +166,38 @@ def regauge_optimizer_state(
             are left alone.
         model: The model, already in the new gauge.
         gauges: What :func:`regauge_model` returned. Layers without an entry did not change.
+        name: The name that :func:`regauge_model` was given.
 
     Raises:
         AdapterStateError: The optimizer keeps something else for a factor, or a layer is unknown,
             or a G does not fit. Nothing is changed then.
     """
-    layers = lora_layers(model)
+    slots = adapter_slots(model, sole_name(model, "regauged") if name is None else name)
     moved: list[tuple[Tensor, Tensor]] = []
-    for name, g in gauges.items():
-        if name not in layers:
+    for path, g in gauges.items():
+        if path not in slots:
             raise AdapterStateError(
-                f"a gauge is given for {name!r}, and the model has no adapter there.",
+                f"a gauge is given for {path!r}, and the model has no adapter there.",
                 hint="Pass what regauge() returned for this very model.",
             )
-        layer = layers[name]
-        if g.shape != (layer.rank, layer.rank):
+        rank = slots[path].lora_A.shape[0]
+        if g.shape != (rank, rank):
             raise AdapterStateError(
-                f"the gauge for {name!r} must have shape {(layer.rank, layer.rank)}, got "
-                f"{tuple(g.shape)}."
+                f"the gauge for {path!r} must have shape {(rank, rank)}, got {tuple(g.shape)}."
             )
-        moved += _moved(optimizer, name, layer, g.double())
+        moved += _moved(optimizer, path, slots[path], g.double())
     for old, new in moved:
         old.copy_(new)
 
 
 def _moved(
-    optimizer: torch.optim.Optimizer, name: str, layer: AdaptedLayer, g: Tensor
+    optimizer: torch.optim.Optimizer, name: str, slot: AdapterSlot, g: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Pair each tensor of a layer's state with what it becomes."""
     cograde = torch.linalg.inv(g).mT  # G^-T
     pairs = []
     for factor in ("lora_B", "lora_A"):
-        state: Mapping[str, Any] = optimizer.state.get(getattr(layer, factor), {})
+        state: Mapping[str, Any] = optimizer.state.get(getattr(slot, factor), {})
         for key, value in state.items():
             if not isinstance(value, Tensor) or value.ndim == 0 or key in _INVARIANTS:
                 continue  # a count of steps among them

@@ -67,6 +67,25 @@ def sole_name(model: nn.Module, purpose: str) -> str:
     )
 
 
+def require_one(model: nn.Module, purpose: str) -> None:
+    """Refuse a model with several adapters.
+
+    Args:
+        model: A model with adapters.
+        purpose: What takes one alone, such as "start_from_inputs()".
+
+    Raises:
+        AdapterStateError: There are several, or none.
+    """
+    names = tuple(attachment(model).configs)
+    if len(names) > 1:
+        raise AdapterStateError(
+            f"{purpose} takes a model with one adapter, and this one has "
+            f"{', '.join(map(repr, names))}.",
+            hint="Call delete_adapter() for the others; save_adapter() keeps them.",
+        )
+
+
 def require_new_name(model: nn.Module, name: str) -> None:
     """Refuse a name that a further adapter cannot have.
 

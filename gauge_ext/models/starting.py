@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gauge_ext.adapters import AdaptedLayer
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError
 from gauge_ext.models.adapted import lora_layers
+from gauge_ext.models.roster import require_one
 
 Batch = Any
 
@@ -178,6 +179,7 @@ def _linear_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
         raise AdapterStateError(
             "the model has no adapters on linear layers.", hint="Call gauge_ext.attach() first."
         )
+    require_one(model, "a start from data")
     for name, layer in layers.items():
         if layer.merged or bool(layer.lora_B.count_nonzero()):
             raise AdapterStateError(
