@@ -16,6 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -101,10 +102,14 @@ def whole_model(how: str, dtype: torch.dtype, rank: int) -> tuple[float, int]:
         actions = model.merge_and_unload
     elif how == "pass":
         weights = [parameter.data for parameter in model.parameters()]
-        actions = lambda: [weight.add_(1e-9) for weight in weights]  # noqa: E731
+
+        def actions() -> None:
+            for weight in weights:
+                weight.add_(1e-9)
+
     else:
         gauge_ext.attach(model, gauge_ext.LoRAConfig(rank=rank))
-        actions = lambda: getattr(gauge_ext, how)(model)  # noqa: E731
+        actions = partial(getattr(gauge_ext, how), model)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=1e-3)

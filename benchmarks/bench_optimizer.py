@@ -69,7 +69,7 @@ def peft_ratio(rank: int, rounds: int) -> float:
 
     names = [f"layers.{i}" for i in range(len(BLOCK) * 3)]
     config = peft.LoraConfig(r=rank, target_modules=names)
-    model = peft.get_peft_model(Base(), config)  # type: ignore[arg-type]
+    model = peft.get_peft_model(Base(), config)  # type: ignore[arg-type] # PEFT asks for a PreTrainedModel
     optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-6)
     for p in model.parameters():
         if p.requires_grad:

@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "checkpoint"))
 
-from peft_rows import ROWS, Row, run  # noqa: E402
+from peft_rows import ROWS, Row, run  # noqa: E402 - in the folder just named
 
 from gauge_ext import load_adapter, save_adapter, set_adapters  # noqa: E402
 from gauge_ext.errors import AdapterStateError, ConfigError  # noqa: E402

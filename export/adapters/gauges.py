@@ -38,6 +38,7 @@ def _in_gauge(factors: Factors, gauge: str) -> Factors:
     changed = {}
     for name, (a, b) in factors.items():
         point = LoRAPoint(torch.from_numpy(b).double(), torch.from_numpy(a).double())
+        # Another name than a gauge's is refused there.
         moved = to_gauge(point, gauge).point  # type: ignore[arg-type]
         changed[name] = (moved.A.numpy(), moved.B.numpy())
     return changed

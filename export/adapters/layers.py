@@ -56,6 +56,7 @@ class _Conv1DMixin:
     lora_B: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
+        # That of the Conv1D, which comes behind this class in the order of the bases.
         plain: Tensor = super().forward(input)  # type: ignore[misc]
         return plain + (input @ self.lora_A) @ self.lora_B
 

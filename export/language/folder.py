@@ -119,9 +119,7 @@ def export_folder(
                     dynamic_shapes=axes,
                     validate=False,
                     provenance={"task": kind.task, **(provenance or {})},
-                    progress=lambda what, share, a=start, b=part: tell(  # type: ignore[misc]
-                        what, a + b * share
-                    ),
+                    progress=_within(tell, start, part),
                     adapter_part=options.mode == "adapters" and len(subjects) > 1,
                     **vars(options),
                 )
@@ -186,13 +184,16 @@ def judge(
         subject.validate(
             tolerance=tolerance,
             seed=seed,
-            progress=lambda what, share, done=index: tell(  # type: ignore[misc]
-                what, (done + share) / total
-            ),
+            progress=_within(tell, index / total, 1 / total),
         )
         for index, subject in enumerate(subjects)
     ]
     return found, kind.whole(folder, tolerance, seed)
+
+
+def _within(tell: Progress, start: float, part: float) -> Progress:
+    """Return what tells of one step: ``part`` of the whole, from ``start`` on."""
+    return lambda what, share: tell(what, start + part * share)
 
 
 def _require_homes(subjects: Sequence[Subject]) -> None:

@@ -215,7 +215,7 @@ def _session(model: str | bytes, folder: Path | None) -> Any:
 def _run(session: Any, names: list[str], feeds: dict[str, Array]) -> list[Array]:
     try:
         found: list[Array] = session.run(names, feeds)
-    except Exception as error:
+    except Exception as error:  # as above
         raise ExportError(
             f"onnxruntime cannot run the model on made-up inputs: {error}",
             hint="Leave verify out, and check with inputs of your own.",

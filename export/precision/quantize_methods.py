@@ -155,6 +155,7 @@ def _to_int8(
         quantization.quantize_dynamic(model, str(target), **shared)
         return onnx.load(str(target))
 
+    # onnxruntime comes without types.
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self._left = iter(options.calibration)

@@ -26,11 +26,11 @@ class AdditiveLayer(AdaptedLayer):
 
     def base_output(self, x: Tensor, *, with_bias: bool) -> Tensor:
         """Return what the base computes, with b or without."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no base_output()")
 
     def branch_output(self, x: Tensor, branch: Branch) -> Tensor:
         r"""Return :math:`B A \tilde x + \beta`, of the shape of the base's output."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no branch_output()")
 
     def adapted_output(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return y for an unmerged layer, of the base's output's dtype.
