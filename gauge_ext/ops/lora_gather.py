@@ -7,10 +7,10 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 
 from gauge_ext import _load
 from gauge_ext.ops import reference
+from gauge_ext.ops.decomposed import register_traced
 from gauge_ext.ops.meta import require_values
 
 # The schema that csrc/ops/lora_gather.cpp registers; needed here where nothing is compiled.
@@ -98,10 +98,8 @@ def _fake_backward(
 
 
 def _register_compiled() -> None:
-    torch.library.register_fake("gauge_ext::lora_gather", _fake_gather)
     torch.library.register_fake("gauge_ext::lora_gather_backward", _fake_backward)
-    # For torch.onnx.export; see lora_linear.
-    register_decomposition(torch.ops.gauge_ext.lora_gather.default)(reference.lora_gather)
+    register_traced(torch.ops.gauge_ext.lora_gather.default, _fake_gather, reference.lora_gather)
 
 
 def _register_fallback() -> torch.library.Library:

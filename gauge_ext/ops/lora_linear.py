@@ -7,10 +7,10 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 
 from gauge_ext import _load
 from gauge_ext.ops import reference
+from gauge_ext.ops.decomposed import register_traced
 from gauge_ext.ops.meta import require_values
 
 # The schema that csrc/ops/lora_linear.cpp registers; needed here where nothing is compiled.
@@ -176,15 +176,12 @@ def _acc_dtype(x: Tensor) -> torch.dtype:
 def _register_compiled() -> None:
     """Tells torch.compile and torch.export what the compiled ops return."""
     for name, fake in (
-        ("lora_linear", _fake_linear),
         ("lora_linear_forward", _fake_forward),
         ("lora_linear_backward", _fake_backward),
         ("dropout_mask", _fake_mask),
     ):
         torch.library.register_fake(f"gauge_ext::{name}", fake)
-    # torch.onnx.export consults this table: a model with our layers exports for whoever calls it,
-    # as ordinary operators. torch.compile has a table of its own and keeps the compiled op.
-    register_decomposition(torch.ops.gauge_ext.lora_linear.default)(reference.lora_linear)
+    register_traced(torch.ops.gauge_ext.lora_linear.default, _fake_linear, reference.lora_linear)
 
 
 def _register_fallback() -> torch.library.Library:

@@ -8,10 +8,10 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 
 from gauge_ext import _load
 from gauge_ext.ops import reference
+from gauge_ext.ops.decomposed import register_traced
 from gauge_ext.ops.lora_linear import lora_linear
 from gauge_ext.ops.meta import require_values
 
@@ -131,15 +131,12 @@ def _fake_backward(
 def _register_compiled() -> None:
     """Tells torch.compile and torch.export what the compiled ops return."""
     for name, fake in (
-        ("lora_linear_group", _fake_group),
         ("lora_linear_group_forward", _fake_forward),
         ("lora_linear_group_backward", _fake_backward),
     ):
         torch.library.register_fake(f"gauge_ext::{name}", fake)
-    # For torch.onnx.export, as of lora_linear.
-    register_decomposition(torch.ops.gauge_ext.lora_linear_group.default)(
-        reference.lora_linear_group
-    )
+    op = torch.ops.gauge_ext.lora_linear_group.default
+    register_traced(op, _fake_group, reference.lora_linear_group)
 
 
 def _register_fallback() -> torch.library.Library:

@@ -1,5 +1,6 @@
 """``lora_linear`` under torch.compile, torch.export, ONNX export, torch.func and checkpointing."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext import _load
-from gauge_ext.ops import draw_seed, lora_linear, reference
+from gauge_ext.ops import draw_seed, lora_gather, lora_linear, lora_linear_group, reference
 
 pytestmark = pytest.mark.skipif(
     not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
@@ -72,6 +73,41 @@ def test_compile_keeps_the_compiled_op() -> None:
     x = inputs().requires_grad_()
     torch.compile(Layer(), fullgraph=True, backend=aot_autograd(fw_compiler=backend))(x)
     assert "gauge_ext.lora_linear_forward.default" in seen
+
+
+def _linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    return lora_linear(x, weight, None, lora_A, lora_B, SCALING)
+
+
+def _group(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    return lora_linear_group(x, [weight], [None], [lora_A], [lora_B], [SCALING], 0.0, [])[0]
+
+
+def _gather(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    index = torch.zeros(len(x), dtype=torch.int64)
+    return lora_gather(x, weight, None, [lora_A], [lora_B], [SCALING], index)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [("lora_linear", _linear), ("lora_linear_group", _group), ("lora_gather", _gather)],
+)
+def test_compiled_without_gradients_where_ci_is_set(
+    name: str, call: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor refuses there what has a decomposition, unless it was told of it before."""
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.utils import fresh_cache
+
+    monkeypatch.setenv("CI", "1")
+    op = getattr(torch.ops.gauge_ext, name).default
+    lowerings.pop(op, None)
+    torch._dynamo.reset()
+    layer, x = Layer(), inputs()
+    with torch.no_grad(), fresh_cache():
+        y = torch.compile(call, fullgraph=True)(x, layer.weight, layer.lora_A, layer.lora_B)
+        torch.testing.assert_close(y, layer.by_hand(x) - layer.bias)
+    assert op in lowerings
 
 
 def test_compile_with_dropout_draws_a_new_mask_each_step() -> None:
