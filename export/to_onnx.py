@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,19 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gauge_ext.errors import ConfigError, ExportError
+from gauge_ext.errors import ConfigError
+from gauge_ext.export.adapters.codes import AdapterPrecision
 from gauge_ext.export.adapters.feeds import feeds_by_case
 from gauge_ext.export.adapters.graph import open_inputs, require_choice
 from gauge_ext.export.adapters.layers import open_layers
-from gauge_ext.export.adapters.table import (
-    AdapterForm,
-    AdapterPrecision,
-    AdapterTable,
-    Arrays,
-)
+from gauge_ext.export.adapters.table import AdapterForm, AdapterTable, Arrays
 from gauge_ext.export.adapters.validate import validate_adapters
 from gauge_ext.export.checks import require_count, require_exportable, require_packages
-from gauge_ext.export.disk.files import data_name, require_space, staged_files, write_errors
+from gauge_ext.export.disk.files import staged_files
 from gauge_ext.export.metadata import annotate, append_metadata, summary
 from gauge_ext.export.metadata import provenance as provenance_of
 from gauge_ext.export.precision.quantize import quantize_in_place
@@ -35,19 +29,15 @@ from gauge_ext.export.precision.quantize_methods import (
 )
 from gauge_ext.export.precision.quantize_report import QuantizationReport
 from gauge_ext.export.report import ExportReport, ValidationReport
+from gauge_ext.export.steps import Steps
 from gauge_ext.export.tolerance import Tolerance
 from gauge_ext.export.trace.cases import MakeInputs, make_cases
-from gauge_ext.export.trace.graph import Graph, build_graph, require_opset
+from gauge_ext.export.trace.graph import build_graph, require_opset
+from gauge_ext.export.trace.graph_file import check_file, save_graph
 from gauge_ext.export.trace.inputs import bind_inputs, resolve_dynamic_shapes
 from gauge_ext.export.validate import DisagreementError, Progress, validate_onnx
 from gauge_ext.models import merged_copy
 from gauge_ext.models.adapted import unwrap
-
-# A protobuf file ends at 2 GiB and is parsed into memory whole; below half of that, one file is
-# handier than two.
-EXTERNAL_DATA_ABOVE = 2**30
-PROTOBUF_LIMIT = 2**31
-_PAGE = 4096  # weights that start on a page can be mapped instead of read
 
 
 def export_onnx(
@@ -149,7 +139,7 @@ def export_onnx(
     require_exportable(source, example)
     opened = open_layers(source, adapter_targets) if mode == "adapters" else None
     axes = resolve_dynamic_shapes(example, dynamic_shapes)
-    steps = _Steps(progress)
+    steps = Steps(progress)
     found: ValidationReport | None = None
     lost: QuantizationReport | None = None
     with staged_files(path) as folder:
@@ -175,7 +165,7 @@ def export_onnx(
                 adapter_inputs = {name: shape for name, (shape, _) in table.shapes.items()}
             written = annotate(graph, said)
         with steps.step("write", "writing", 0.6):
-            _save(graph, draft, path, external_data)
+            save_graph(graph, draft, path, external_data)
         report = ExportReport(
             path=path,
             files=(),
@@ -191,7 +181,7 @@ def export_onnx(
         del merged, graph  # the file holds it all now; onnxruntime needs the memory
         if validate:
             with steps.step("validate", "validating", 0.7):
-                _check(draft)
+                check_file(draft)
                 check = validate_onnx if opened is None else validate_adapters
                 found = check(
                     draft,
@@ -289,58 +279,3 @@ def require_quantizable(
             f"{model.get_parameter(wide[0]).dtype}.",
             hint="Convert a copy of the model first: model.float().",
         )
-
-
-def _save(graph: Graph, draft: Path, target: Path, external_data: bool | None) -> None:
-    import onnx_ir as ir
-
-    size = graph.nbytes
-    if external_data is False and size >= PROTOBUF_LIMIT:
-        raise ConfigError(
-            f"external_data=False, and the weights take {size / 2**30:.1f} GiB: a single ONNX file "
-            "ends at 2 GiB.",
-            hint="Leave external_data out.",
-        )
-    external = size > EXTERNAL_DATA_ABOVE if external_data is None else external_data
-    require_space(target, size)
-    with write_errors(target):
-        ir.save(
-            graph.model,
-            draft,
-            external_data=data_name(target) if external else None,
-            alignment=_PAGE,
-            align_threshold=_PAGE,
-        )
-
-
-def _check(path: Path) -> None:
-    """Whether the file is valid ONNX, beyond what onnxruntime accepts."""
-    import onnx
-
-    try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"the exporter made an invalid graph: {error}") from error
-
-
-class _Steps:
-    """Tells the caller what is going on, and keeps the time."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self.seconds: dict[str, float] = {}
-
-    def tell(self, what: str, share: float) -> None:
-        if self._progress is not None:
-            self._progress(what, share)
-
-    def within(self, start: float, end: float) -> Progress:
-        """A progress function for a part of the whole."""
-        return lambda what, share: self.tell(what, start + (end - start) * share)
-
-    @contextmanager
-    def step(self, name: str, what: str, share: float) -> Iterator[None]:
-        self.tell(what, share)
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - begin

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from gauge_ext.export.adapters.table import AdapterTable, decode, encode
+from gauge_ext.export.adapters.codes import decode, encode
+from gauge_ext.export.adapters.table import AdapterTable
 
 Factors = dict[str, tuple[NDArray[Any], NDArray[Any]]]  # lora_A (r, in), scaling * lora_B (out, r)
 AdapterGauge = Literal["auto", "trained", "balanced", "equal_energy"]

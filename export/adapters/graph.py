@@ -7,14 +7,13 @@ any other model, and the two parameters become inputs of the graph.
 from __future__ import annotations
 
 from gauge_ext.errors import ConfigError, ExportError
+from gauge_ext.export.adapters.codes import PRECISIONS, AdapterPrecision
 from gauge_ext.export.adapters.layers import Opened
 from gauge_ext.export.adapters.table import (
     FORMS,
     METADATA_KEY,
-    PRECISIONS,
     AdapterForm,
     AdapterInput,
-    AdapterPrecision,
     AdapterTable,
 )
 from gauge_ext.export.trace.graph import Graph

@@ -24,13 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gauge_ext.errors import AdapterMismatchError, ConfigError, NonFiniteError
+from gauge_ext.export.adapters.codes import PRECISIONS, AdapterPrecision, encode
 
 AdapterForm = Literal["optional", "required"]
-AdapterPrecision = Literal["float32", "float16", "int8"]
 Arrays = dict[str, NDArray[Any]]
 
 FORMS: tuple[AdapterForm, ...] = get_args(AdapterForm)
-PRECISIONS: tuple[AdapterPrecision, ...] = get_args(AdapterPrecision)
 METADATA_KEY = "gauge_ext.adapter_inputs"
 
 _STORED: dict[AdapterPrecision, np.dtype[Any]] = {name: np.dtype(name) for name in PRECISIONS}
@@ -306,38 +305,6 @@ class AdapterTable:
             if (present and len(present) < len(names)) or (self.form == "required" and not present):
                 lacking = next(n for n in names if n not in arrays)
                 raise AdapterMismatchError(f"{what} lacks {lacking!r}, which the graph needs.")
-
-
-def encode(
-    matrix: NDArray[Any], precision: AdapterPrecision, axis: int
-) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-    """Store a factor: as it is, rounded to float16, or as int8 codes with a scale a component.
-
-    int8 is symmetric absmax: ``scale = max|m| / 127`` over each of the r components,
-    ``code = round(m / scale)``.
-
-    Args:
-        matrix: A ``(in, r)`` or B ``(r, out)``.
-        precision: How.
-        axis: The axis that is r.
-
-    Returns:
-        The codes ``(in, r)`` or ``(r, out)``, and for int8 the scales ``(r,)``, else None.
-    """
-    if precision != "int8":
-        with np.errstate(over="ignore"):  # what overflows is reported by name
-            return np.ascontiguousarray(matrix.astype(precision)), None
-    wide = matrix.astype(np.float64)
-    peak = np.abs(wide).max(axis=1 - axis, initial=0.0)
-    scale = np.where(peak > 0.0, peak / 127.0, 1.0).astype(np.float32)
-    codes = np.rint(wide / np.expand_dims(scale.astype(np.float64), 1 - axis))
-    return np.ascontiguousarray(codes.clip(-127, 127).astype(np.int8)), scale
-
-
-def decode(codes: NDArray[Any], scale: NDArray[Any] | None, axis: int) -> NDArray[np.float64]:
-    """Read a factor that :func:`encode` stored, in float64."""
-    wide = codes.astype(np.float64)
-    return wide if scale is None else wide * np.expand_dims(scale.astype(np.float64), 1 - axis)
 
 
 def _some(names: list[str]) -> str:

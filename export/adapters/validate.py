@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from gauge_ext.export.adapters.codes import decode
 from gauge_ext.export.adapters.feeds import adapter_feeds
 from gauge_ext.export.adapters.file import read_table
 from gauge_ext.export.adapters.layers import bare_copy, with_factors
-from gauge_ext.export.adapters.table import AdapterTable, decode
+from gauge_ext.export.adapters.table import AdapterTable
 from gauge_ext.export.report import ValidationReport
 from gauge_ext.export.validate import Progress, validate_onnx
 from gauge_ext.models import lora_layers

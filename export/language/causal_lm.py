@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gauge_ext.export.adapters.table import AdapterForm, AdapterPrecision
+from gauge_ext.export.adapters.codes import AdapterPrecision
+from gauge_ext.export.adapters.table import AdapterForm
 from gauge_ext.export.language.cached import causal_step
 from gauge_ext.export.language.causal_inputs import (
     BATCH,

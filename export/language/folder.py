@@ -10,8 +10,9 @@ from typing import Any, Literal
 from torch import nn
 
 from gauge_ext.errors import ConfigError, ExportError
+from gauge_ext.export.adapters.codes import AdapterPrecision
 from gauge_ext.export.adapters.file import read_table
-from gauge_ext.export.adapters.table import AdapterForm, AdapterPrecision
+from gauge_ext.export.adapters.table import AdapterForm
 from gauge_ext.export.checks import require_packages
 from gauge_ext.export.disk.files import staged_folder
 from gauge_ext.export.language.fewer_bits import NO_BAR, quantize_graph

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from gauge_ext.export.adapters.table import AdapterForm, AdapterPrecision
+from gauge_ext.export.adapters.codes import AdapterPrecision
+from gauge_ext.export.adapters.table import AdapterForm
 from gauge_ext.export.language.cached import decoder_step, encoder_step
 from gauge_ext.export.language.causal_inputs import BATCH, PAST, SEQUENCE
 from gauge_ext.export.language.folder import GraphOptions, Kind, export_folder, judge

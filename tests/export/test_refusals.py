@@ -21,12 +21,13 @@ from gauge_ext.errors import (
     WriteError,
 )
 from gauge_ext.export import Tolerance, export_onnx, to_onnx
+from gauge_ext.export.trace import graph_file
 
 BATCH = {"x": {0: "batch"}}
 
 
 def test_one_file_beyond_protobufs_limit_is_refused(mlp, tmp_path, listing, monkeypatch):
-    monkeypatch.setattr(to_onnx, "PROTOBUF_LIMIT", 1000)
+    monkeypatch.setattr(graph_file, "PROTOBUF_LIMIT", 1000)
     with pytest.raises(ConfigError, match="external_data=False"):
         export_onnx(mlp, (torch.randn(2, 12),), tmp_path / "m.onnx", external_data=False)
     assert listing() == []
@@ -34,7 +35,7 @@ def test_one_file_beyond_protobufs_limit_is_refused(mlp, tmp_path, listing, monk
 
 def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the graph go out with one entry of one weight that is off by a hundredth."""
-    save = to_onnx._save
+    save = to_onnx.save_graph
 
     def spoiled(graph: Any, *args: Any) -> None:
         value = graph.model.graph.initializers["up.weight"]
@@ -43,7 +44,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
         value.const_value = onnx_ir.tensor(wrong, name="up.weight")
         save(graph, *args)
 
-    monkeypatch.setattr(to_onnx, "_save", spoiled)
+    monkeypatch.setattr(to_onnx, "save_graph", spoiled)
 
 
 def test_failing_validation_leaves_nothing(mlp, tmp_path, listing, monkeypatch):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import gauge_ext
-from gauge_ext.export import Tolerance, export_onnx, to_onnx
+from gauge_ext.export import Tolerance, export_onnx
+from gauge_ext.export.trace import graph_file
 from gauge_ext.export.trace.graph import quiet
 from gauge_ext.models import is_merged, merged_copy
 
@@ -219,7 +220,7 @@ def test_external_data_forced(mlp, external, tmp_path, listing, run_onnx):
 
 
 def test_external_data_when_large_and_on_pages(tmp_path, listing, monkeypatch):
-    monkeypatch.setattr(to_onnx, "EXTERNAL_DATA_ABOVE", 5000)
+    monkeypatch.setattr(graph_file, "EXTERNAL_DATA_ABOVE", 5000)
     export_onnx(nn.Linear(8, 8), (torch.randn(2, 8),), tmp_path / "small.onnx", validate=False)
     assert listing() == ["small.onnx"]
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
