@@ -22,7 +22,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: TID253 - a script
+import peft  # noqa: TID253 - a script, which compares with it
 import safetensors.torch
 import torch
 
@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT / "tests" / "checkpoint"))
 
 from peft_rows import ROWS, Row, run  # noqa: E402 - in the folder just named
 
-from gauge_ext import load_adapter, save_adapter, set_adapters  # noqa: E402
-from gauge_ext.errors import AdapterStateError, ConfigError  # noqa: E402
+from gauge_ext import load_adapter, save_adapter, set_adapters  # noqa: E402 - behind it
+from gauge_ext.errors import AdapterStateError, ConfigError  # noqa: E402 - behind it
 
 TARGET = ROOT / "docs" / "compatibility.md"
 HEAD = """# Compatibility with PEFT {version}

@@ -207,7 +207,7 @@ def _session(model: str | bytes, folder: Path | None) -> Any:
         return onnxruntime.InferenceSession(
             model, sess_options=options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:  # onnxruntime's classes are private
+    except Exception as error:  # onnxruntime's own classes have no common base but this
         what = "the patched model" if folder is None else "the base"
         raise ExportError(f"onnxruntime cannot load {what}: {error}") from error
 
@@ -215,7 +215,7 @@ def _session(model: str | bytes, folder: Path | None) -> Any:
 def _run(session: Any, names: list[str], feeds: dict[str, Array]) -> list[Array]:
     try:
         found: list[Array] = session.run(names, feeds)
-    except Exception as error:  # as above
+    except Exception as error:  # as in _session; ours, raised from it, keeps the cause
         raise ExportError(
             f"onnxruntime cannot run the model on made-up inputs: {error}",
             hint="Leave verify out, and check with inputs of your own.",

@@ -110,7 +110,7 @@ def convert(
             return _to_int8(model, target, options, static=precision == "int8-static")
     except (NonFiniteError, ConfigError, ExportError, OSError):
         raise
-    except Exception as error:  # onnxruntime's tools raise whatever comes
+    except Exception as error:  # its tools raise KeyError, AssertionError, ..., kept as the cause
         raise ExportError(
             f"onnxruntime's tools cannot bring this graph to {precision}: "
             f"{type(error).__name__}: {error}"

@@ -25,11 +25,11 @@ class AdditiveLayer(AdaptedLayer):
         return -1
 
     def base_output(self, x: Tensor, *, with_bias: bool) -> Tensor:
-        """Return what the base computes, with b or without."""
+        """Return what the base computes, with b or without; each kind of layer defines it."""
         raise NotImplementedError(f"{type(self).__name__} defines no base_output()")
 
     def branch_output(self, x: Tensor, branch: Branch) -> Tensor:
-        r"""Return :math:`B A \tilde x + \beta`, of the shape of the base's output."""
+        r"""Return :math:`B A \tilde x + \beta`, shaped as the output; each kind defines it."""
         raise NotImplementedError(f"{type(self).__name__} defines no branch_output()")
 
     def adapted_output(self, x: Tensor, bias: Tensor | None) -> Tensor:

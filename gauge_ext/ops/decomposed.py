@@ -19,6 +19,11 @@ def register_traced(op: OpOverload, fake: Callable[..., T], formula: Callable[..
 
     torch.onnx.export consults torch's table of decompositions, so a model with our layers exports
     for whoever calls it, as ordinary operators. torch.compile has a table of its own.
+
+    Args:
+        op: A compiled op, ``torch.ops.gauge_ext.<name>.default``.
+        fake: Takes what the op takes; returns tensors of the shapes and dtypes that it returns.
+        formula: Takes the same, and computes it in torch's operators.
     """
 
     def traced(*args: object, **kwargs: object) -> T:
