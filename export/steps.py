@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from gauge_ext.export.validate import Progress
 
 
+def within(progress: Progress, start: float, end: float) -> Progress:
+    """Return a progress function for a part of the whole, from ``start`` to ``end``."""
+    return lambda what, share: progress(what, start + (end - start) * share)
+
+
 class Steps:
     """Tells the caller what is going on, and keeps the time.
 
@@ -27,7 +32,7 @@ class Steps:
 
     def within(self, start: float, end: float) -> Progress:
         """A progress function for a part of the whole."""
-        return lambda what, share: self.tell(what, start + (end - start) * share)
+        return within(self.tell, start, end)
 
     @contextmanager
     def step(self, name: str, what: str, share: float) -> Iterator[None]:

@@ -23,6 +23,7 @@ from gauge_ext.export.precision.quantize_methods import Precision, QuantizationO
 from gauge_ext.export.precision.quantize_report import QuantizationReport
 from gauge_ext.export.proof.subject import Subject
 from gauge_ext.export.report import ExportReport, ValidationReport
+from gauge_ext.export.steps import within
 from gauge_ext.export.to_onnx import export_onnx, require_quantizable
 from gauge_ext.export.tolerance import Tolerance
 from gauge_ext.export.validate import DisagreementError, Progress
@@ -120,7 +121,7 @@ def export_folder(
                     dynamic_shapes=axes,
                     validate=False,
                     provenance={"task": kind.task, **(provenance or {})},
-                    progress=_within(tell, start, part),
+                    progress=within(tell, start, start + part),
                     adapter_part=options.mode == "adapters" and len(subjects) > 1,
                     **vars(options),
                 )
@@ -135,7 +136,7 @@ def export_folder(
                 draft,
                 tolerance,
                 seed,
-                lambda what, share: tell(what, 0.6 + 0.4 * share),
+                within(tell, 0.6, 1.0),
             )
             for judged in (*found, whole):
                 if judged is not None and not judged.passed:
@@ -185,16 +186,11 @@ def judge(
         subject.validate(
             tolerance=tolerance,
             seed=seed,
-            progress=_within(tell, index / total, 1 / total),
+            progress=within(tell, index / total, (index + 1) / total),
         )
         for index, subject in enumerate(subjects)
     ]
     return found, kind.whole(folder, tolerance, seed)
-
-
-def _within(tell: Progress, start: float, part: float) -> Progress:
-    """Return what tells of one step: ``part`` of the whole, from ``start`` on."""
-    return lambda what, share: tell(what, start + part * share)
 
 
 def _require_homes(subjects: Sequence[Subject]) -> None:
