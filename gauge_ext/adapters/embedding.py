@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gauge_ext import ops
 from gauge_ext.adapters.additive import AdditiveLayer
 from gauge_ext.adapters.branches import Branch
 from gauge_ext.adapters.protocol import Kind
 from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.adapters.spec import AdapterSpec
+
+# What the compiled op takes; in other dtypes, float16 on the CPU among them, torch's operators run.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class LoRAEmbedding(AdditiveLayer, nn.Embedding):
@@ -24,8 +28,9 @@ class LoRAEmbedding(AdditiveLayer, nn.Embedding):
     embedding is a linear layer of one-hot inputs, so dropping an input drops the update of a token
     at its place. A starts at zero and B normal, as in loralib and PEFT.
 
-    ``padding_idx``, ``scale_grad_by_freq`` and ``sparse`` hold for lora_A as they do for a table:
-    the padding token's column gets no gradient, and the gradient is sparse.
+    ``padding_idx`` and ``scale_grad_by_freq`` hold for lora_A as they do for a table: the padding
+    token's column gets no gradient. ``sparse`` holds for the table alone: a column of lora_A is no
+    row of a sparse tensor, and its gradient is dense.
     """
 
     bases = (nn.Embedding,)
@@ -76,25 +81,36 @@ class LoRAEmbedding(AdditiveLayer, nn.Embedding):
             ``(*, dim)``.
         """
         if not self.has_branch:
-            return self._rows(input, self.weight)
-        return self.adapted_output(input, None)
+            return self._rows(input, self.weight, sparse=self.sparse)
+        if not self._is_one_pass():
+            return self.adapted_output(input, None)
+        factors = self.lora_A, self.lora_B
+        return ops.lora_embedding(input, self.weight, *factors, self.scaling, self.padding_idx)
+
+    def _is_one_pass(self) -> bool:
+        """Whether :func:`gauge_ext.ops.lora_embedding` computes all that this layer does."""
+        drops = self.training and self.dropout_p > 0.0
+        if not self.is_plain or drops or self.scale_grad_by_freq or self.weight.requires_grad:
+            return False
+        dtype, factors = self.weight.dtype, (self.lora_A.dtype, self.lora_B.dtype)
+        return dtype in _DTYPES and factors in ((dtype,) * 2, (torch.float32,) * 2)
 
     def base_output(self, x: Tensor, *, with_bias: bool) -> Tensor:
         """Return the rows of the table; there is no bias."""
-        return self._rows(x, self.weight)
+        return self._rows(x, self.weight, sparse=self.sparse)
 
     def branch_output(self, x: Tensor, branch: Branch) -> Tensor:
         """Return the rows of the update, gathered at rank r: ``(*, dim)``."""
-        hidden = self._rows(x, branch.lora_A.mT)
+        hidden = self._rows(x, branch.lora_A.mT, sparse=False)
         if branch.dropout_p > 0.0:
             hidden = hidden * F.dropout(hidden.new_ones(*x.shape, 1), branch.dropout_p)
         return F.linear(hidden, branch.lora_B)
 
-    def _rows(self, input: Tensor, table: Tensor) -> Tensor:
+    def _rows(self, input: Tensor, table: Tensor, *, sparse: bool) -> Tensor:
         return F.embedding(
             input,
             table,
             self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
-            sparse=self.sparse,
+            sparse=sparse,
         )

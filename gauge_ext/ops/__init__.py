@@ -2,6 +2,7 @@
 
 from gauge_ext.ops import factor_reference, reference
 from gauge_ext.ops.factor_step import factor_gradient_norm, gauge_adam_step, scaled_gd_step
+from gauge_ext.ops.lora_embedding import lora_embedding
 from gauge_ext.ops.lora_gather import lora_gather
 from gauge_ext.ops.lora_linear import draw_seed, lora_linear, project
 from gauge_ext.ops.lora_linear_group import lora_linear_group
@@ -15,6 +16,7 @@ __all__ = [
     "factor_gradient_norm",
     "factor_reference",
     "gauge_adam_step",
+    "lora_embedding",
     "lora_gather",
     "lora_linear",
     "lora_linear_group",

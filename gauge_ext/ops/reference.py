@@ -200,6 +200,22 @@ def lora_gather(
     return y + F.linear(hidden, torch.cat(list(lora_B), 1)).to(y.dtype)
 
 
+def lora_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Return ``W[t] + s·B A[:, t]`` of each token t; see :func:`ops.lora_embedding`."""
+    # Not F.embedding: what it asks about padding_idx is not to be asked under torch.jit.trace.
+    padding = -1 if padding_idx is None else padding_idx
+    y = torch.embedding(weight, ids, padding)
+    update = F.linear(torch.embedding(lora_A.mT, ids, padding), lora_B)
+    return y + (update * scaling).to(y.dtype)
+
+
 def rounding_bits(
     rows: int, columns: int, seed: Tensor, layer: int = 0, first_row: int = 0
 ) -> Tensor:

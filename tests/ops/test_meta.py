@@ -37,7 +37,15 @@ def gather(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return ops.lora_gather(x, weight, None, [lora_A], [lora_B], [1.0], index)
 
 
-@pytest.mark.parametrize("op", [linear, group, gather])
+def embedding(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    ids = torch.zeros(3, dtype=torch.int64, device=x.device)
+    return ops.lora_embedding(ids, weight.mT, lora_A, lora_B, 1.0)
+
+
+OPS = [linear, group, gather, embedding]
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("missing", ["weight", "lora_A", "lora_B"])
 @pytest.mark.parametrize("trained", [True, False])
 def test_some_without_values_are_refused(
@@ -49,7 +57,7 @@ def test_some_without_values_are_refused(
         op(**given)
 
 
-@pytest.mark.parametrize("op", [linear, group, gather])
+@pytest.mark.parametrize("op", OPS)
 def test_all_without_values_give_shapes(op: Callable[..., Tensor]) -> None:
     found = op(**arguments(all="meta"))
     assert found.is_meta
