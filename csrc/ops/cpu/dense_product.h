@@ -42,7 +42,8 @@ void cross_tile(const acc_t* x,
                 int64_t rank,
                 double* sum,
                 int64_t stride) {
-  Vec<acc_t> total[2][4] = {};
+  Vec<acc_t> total[2][4];
+  set_zero(total);
   for (int64_t c = 0; c < width; c += kWidth<acc_t>) {
     Vec<acc_t> right[2];
     repeat<2>([&](int b) GAUGE_EXT_INLINE { right[b] = load<acc_t>(y + (j + b) * width + c); });
@@ -51,13 +52,13 @@ void cross_tile(const acc_t* x,
       repeat<2>([&](int b) GAUGE_EXT_INLINE { total[b][a] += left * right[b]; });
     });
   }
-  for (int b = 0; b < 2 && j + b < rank; ++b) {
+  repeat<2>([&](int b) GAUGE_EXT_INLINE {
     acc_t products[4];
     horizontal_sums<4, acc_t>(total[b], products);
-    for (int a = 0; a < 4 && i + a < rank; ++a) {
+    for (int a = 0; a < 4 && i + a < rank && j + b < rank; ++a) {
       sum[(i + a) * stride + j + b] += static_cast<double>(products[a]);
     }
-  }
+  });
 }
 
 // S += X Yᵀ for panels with zeros in rows up to a multiple of four; S is (rank, stride) in float64

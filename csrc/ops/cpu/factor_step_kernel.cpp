@@ -67,6 +67,13 @@ inline GAUGE_EXT_INLINE void move(scalar_t* x, int64_t count, acc_t keep, const 
   }
 }
 
+// A piece's numbers come a cache line at a time while others are computed: rows of a factor's piece
+// lie too far apart, or are too short, for the hardware to see them coming.
+template <typename T>
+inline GAUGE_EXT_INLINE void prefetch(const T* from) {
+  __builtin_prefetch(from, 0, 2);
+}
+
 template <StepRule RULE, typename scalar_t, typename acc_t = typename AccOf<scalar_t>::type>
 void descend_rows(const FactorLayer<scalar_t>& layer,
                   const Factor<acc_t>& e,
@@ -74,28 +81,39 @@ void descend_rows(const FactorLayer<scalar_t>& layer,
   const int64_t r = layer.rank;
   const int64_t size = piece_size<acc_t>(r);
   static thread_local Scratch<acc_t> scratch;
-  acc_t* source = scratch.reserve(size * (r + e.stride + 1));
+  acc_t* source = scratch.reserve(size * (r + e.stride + 1 + kWidth<acc_t>));
   acc_t* whitened = source + size * r;
   acc_t* rates = whitened + size * e.stride;
+  acc_t* norms = rates + size;  // a vector for each row
   for_each_piece(layer.rows, size, [&](int64_t first, int64_t count) {
     const scalar_t* g = layer.grad_B + first * r;
     if constexpr (RULE == StepRule::kGaugeAdam) {
       for (int64_t i = 0; i < count * r; ++i) {
         source[i] = c.scale * to_acc(g[i]);
       }
-      std::fill(rates, rates + count, acc_t(0));
+      std::fill(norms, norms + count * kWidth<acc_t>, acc_t(0));
       right_product(source, r, count, e.plain, r, e.stride, Triangle::kUpper,
-                    [&](int64_t i, int64_t, const Vec<acc_t>& value)
-                        GAUGE_EXT_INLINE { rates[i] += horizontal_sum<acc_t>(value * value); });
+                    [&](int64_t i, int64_t, const Vec<acc_t>& value) GAUGE_EXT_INLINE {
+                      acc_t* to = norms + i * kWidth<acc_t>;
+                      store<acc_t>(to, load<acc_t>(to) + value * value);
+                    });
       for (int64_t i = 0; i < count; ++i) {
-        rates[i] = c.rate(rates[i], layer.sq_B + first + i);
+        const acc_t norm = horizontal_sum<acc_t>(load<acc_t>(norms + i * kWidth<acc_t>));
+        rates[i] = c.rate(norm, layer.sq_B + first + i);
       }
     }
     blend(g, layer.avg_B == nullptr ? nullptr : layer.avg_B + first * r, count * r, c, source);
     right_product(source, r, count, e.plain, r, e.stride, Triangle::kUpper,
-                  StoreTo<acc_t>{whitened, e.stride});
+                  [&](int64_t i, int64_t j, const Vec<acc_t>& value) GAUGE_EXT_INLINE {
+                    prefetch(layer.lora_B + (first + i) * r + j);
+                    store<acc_t>(whitened + i * e.stride + j, value);
+                  });
     right_product(whitened, e.stride, count, e.transposed, r, e.stride, Triangle::kLower,
                   [&](int64_t i, int64_t j, const Vec<acc_t>& value) GAUGE_EXT_INLINE {
+                    prefetch(layer.grad_B + (first + count + i) * r + j);
+                    if (layer.avg_B != nullptr) {
+                      prefetch(layer.avg_B + (first + count + i) * r + j);
+                    }
                     const acc_t rate = RULE == StepRule::kGaugeAdam ? rates[i] : c.lr;
                     move(layer.lora_B + (first + i) * r + j, r - j, c.keep, rate * value);
                   });
@@ -140,9 +158,16 @@ void descend_columns(const FactorLayer<scalar_t>& layer,
             source + k * width);
     }
     left_product(source, width, e.plain, r, e.stride, Triangle::kUpper,
-                 StoreTo<acc_t>{whitened, width});
+                 [&](int64_t k, int64_t i, const Vec<acc_t>& value) GAUGE_EXT_INLINE {
+                   prefetch(layer.lora_A + k * n + first + i);
+                   store<acc_t>(whitened + k * width + i, value);
+                 });
     left_product(whitened, width, e.transposed, r, e.stride, Triangle::kLower,
                  [&](int64_t k, int64_t i, const Vec<acc_t>& value) GAUGE_EXT_INLINE {
+                   prefetch(layer.grad_A + k * n + first + count + i);
+                   if (layer.avg_A != nullptr) {
+                     prefetch(layer.avg_A + k * n + first + count + i);
+                   }
                    Vec<acc_t> rate = Vec<acc_t>{} + c.lr;
                    if constexpr (RULE == StepRule::kGaugeAdam) {
                      rate = load<acc_t>(rates + i);

@@ -34,7 +34,8 @@ void right_tile(const acc_t* x,
                 int64_t row,
                 int64_t column,
                 const F& out) {
-  Vec<acc_t> sum[ROWS][VECTORS] = {};
+  Vec<acc_t> sum[ROWS][VECTORS];
+  set_zero(sum);
   for (int64_t k = from; k < to; ++k) {
     Vec<acc_t> right[VECTORS];
     repeat<VECTORS>([&](int v) GAUGE_EXT_INLINE {
@@ -107,7 +108,8 @@ void left_tile(const acc_t* x,
                int64_t row,
                int64_t column,
                const F& out) {
-  Vec<acc_t> sum[ROWS][kTriangleVectors] = {};
+  Vec<acc_t> sum[ROWS][kTriangleVectors];
+  set_zero(sum);
   for (int64_t k = from; k < to; ++k) {
     Vec<acc_t> right[kTriangleVectors];
     repeat<kTriangleVectors>(
@@ -181,7 +183,8 @@ void gram_tile(const double* x,
                int64_t c,
                double* sum,
                int64_t count) {
-  Vec<double> total[ROWS][VECTORS] = {};
+  Vec<double> total[ROWS][VECTORS];
+  set_zero(total);
   for (int64_t i = 0; i < rows; ++i) {
     const double* row = x + i * stride;
     Vec<double> right[VECTORS];
@@ -200,10 +203,10 @@ void gram_tile(const double* x,
         store<double>(to, load<double>(to) + total[a][v]);
         return;
       }
-      for (int lane = 0; lane < kWidth<double>; ++lane) {
-        if (j + a < count && column + lane < count) {
-          to[lane] += total[a][v][lane];
-        }
+      double lanes[kWidth<double>];
+      store<double>(lanes, total[a][v]);
+      for (int lane = 0; lane < kWidth<double> && j + a < count && column + lane < count; ++lane) {
+        to[lane] += lanes[lane];
       }
     });
   });
@@ -234,7 +237,8 @@ inline void dot_tile(const double* x,
                      int64_t j,
                      int64_t rank,
                      double* sum) {
-  Vec<double> total[2][4] = {};
+  Vec<double> total[2][4];
+  set_zero(total);
   for (int64_t c = 0; c < width; c += kWidth<double>) {
     Vec<double> left[2];
     repeat<2>([&](int a) GAUGE_EXT_INLINE { left[a] = load<double>(x + (i + a) * width + c); });
@@ -243,21 +247,25 @@ inline void dot_tile(const double* x,
       repeat<2>([&](int a) GAUGE_EXT_INLINE { total[a][b] += left[a] * right; });
     });
   }
-  for (int a = 0; a < 2 && i + a < rank; ++a) {
+  repeat<2>([&](int a) GAUGE_EXT_INLINE {
     double products[4];
     horizontal_sums<4, double>(total[a], products);
-    for (int b = 0; b < 4 && j + b < rank; ++b) {
+    for (int b = 0; b < 4 && i + a < rank && j + b < rank; ++b) {
       sum[(i + a) * rank + j + b] += products[b];
     }
-  }
+  });
 }
 
 // The upper triangle of S += X Xᵀ: X is (rank, width) with zeros in rows up to a multiple of four,
-// S is (rank, rank); width is a multiple of the vector width
+// S is (rank, rank); width is a multiple of the vector width. Eight rows stay in the first-level
+// cache while those above them pass by.
 inline void add_row_products(const double* x, int64_t width, int64_t rank, double* sum) {
-  for (int64_t i = 0; i < rank; i += 2) {
-    for (int64_t j = i / 4 * 4; j < rank; j += 4) {
-      dot_tile(x, width, i, j, rank, sum);
+  for (int64_t first = 0; first < rank; first += 8) {
+    const int64_t end = first + 8 < rank ? first + 8 : rank;
+    for (int64_t i = 0; i < end; i += 2) {
+      for (int64_t j = i > first ? i / 4 * 4 : first; j < end; j += 4) {
+        dot_tile(x, width, i, j, rank, sum);
+      }
     }
   }
 }

@@ -71,6 +71,12 @@ inline GAUGE_EXT_INLINE void repeat(const F& body) {
   repeat_each(std::make_integer_sequence<int, COUNT>(), body);
 }
 
+// Zeros in the accumulators of a tile, register by register: `= {}` fills an array in memory.
+template <typename V, int ROWS, int VECTORS>
+inline GAUGE_EXT_INLINE void set_zero(V (&tile)[ROWS][VECTORS]) {
+  repeat<ROWS * VECTORS>([&](int n) GAUGE_EXT_INLINE { tile[n / VECTORS][n % VECTORS] = V{}; });
+}
+
 template <typename acc_t>
 inline __attribute__((always_inline)) acc_t horizontal_sum(const Vec<acc_t>& value) {
   acc_t sum = 0;
