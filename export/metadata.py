@@ -20,6 +20,7 @@ from gauge_ext._version import __version__
 from gauge_ext.adapters import WrappedAdapter
 from gauge_ext.adapters.quantized import is_encoded
 from gauge_ext.adapters.slot import AdapterSlot
+from gauge_ext.adapters.whole import whole_modules
 from gauge_ext.checkpoint import adapter_sha256
 from gauge_ext.checkpoint.on_model import adapter_parts
 from gauge_ext.errors import ConfigError
@@ -198,6 +199,8 @@ def base_sha256(model: nn.Module) -> str | None:
         for path, owner in model.named_modules()
         for name, base in (attachment(owner).whole if owner in attached else {}).items()
     }
+    for path, module in whole_modules(model).items():
+        own |= {f"{path}.{name}": base for name, base in module.own_parameters.items()}
     for key, tensor in model.state_dict(keep_vars=True).items():
         name = key
         prefix = next((prefix for prefix in wrapped if key.startswith(prefix)), None)

@@ -22,8 +22,7 @@ from gauge_ext.export.tolerance import Tolerance
 from gauge_ext.export.trace.cases import Case, Limits, MakeInputs, make_cases
 from gauge_ext.export.trace.inputs import BoundInputs, bind_inputs
 from gauge_ext.export.trace.signature import output_leaves
-from gauge_ext.models import lora_layers
-from gauge_ext.models.adapted import unwrap
+from gauge_ext.models.adapted import every_parameter, unwrap
 
 Progress = Callable[[str, float], None]  # what is being done, and the share that is done
 Focus = Callable[[str, Tensor, Mapping[str, Tensor]], Tensor]
@@ -184,8 +183,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         ConfigError: the model holds something that cannot be copied.
     """
     inner = unwrap(model)
-    kept = [p for layer in lora_layers(inner).values() for p in layer.kept_parameters.values()]
-    memo: dict[int, Any] = {id(p): p for p in (*inner.parameters(), *kept)}
+    memo: dict[int, Any] = {id(p): p for p in every_parameter(inner)}
     try:
         return copy.deepcopy(inner, memo).eval()
     except (RuntimeError, TypeError) as error:

@@ -233,7 +233,7 @@ def effective_factors(
         path: _scaled(part.pair.lora_A, part.pair.lora_B, part.scaling)
         for path, part in parts.items()
     }
-    if whole := whole_parameters(adapter):
+    if whole := whole_parameters(adapter, chosen):
         raise _no_pair(next(iter(whole)), "a weight that was trained whole")
     digest = adapter_sha256(adapter, chosen)
     return factors, digest, f"the adapter on this {type(adapter).__name__}"

@@ -27,7 +27,7 @@ from gauge_ext.models import (
     find_targets,
     lora_layers,
 )
-from gauge_ext.models.adapted import unwrap
+from gauge_ext.models.adapted import every_parameter, unwrap
 from gauge_ext.models.roster import require_one
 
 # Of the factors that are traced; it leaves no trace in the graph.
@@ -195,7 +195,7 @@ def _twin(model: nn.Module) -> nn.Module:
     """A copy whose parameters are objects of their own on the same storage."""
     memo: dict[int, object] = {
         id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
-        for p in model.parameters()
+        for p in every_parameter(model)
         if type(p) is nn.Parameter
     }
     try:

@@ -209,15 +209,7 @@ class MergeableLayer(NamedAdapters):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Module.to() and its kin know of registered parameters only; the kept base moves along.
-        for name, base in self.kept_parameters.items():
-            with torch.no_grad():
-                moved = fn(base)
-            if moved.is_meta == base.is_meta and type(base) is nn.Parameter:
-                base.data = moved
-            elif isinstance(moved, nn.Parameter):
-                self._kept[name] = moved
-            else:
-                self._kept[name] = nn.Parameter(moved, requires_grad=base.requires_grad)
+        move_along(self._kept, fn)
         return self
 
     # A state dict says in its metadata when a weight in it is a merged one, because loading that
@@ -252,3 +244,21 @@ class MergeableLayer(NamedAdapters):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def move_along(
+    kept: dict[str, nn.Parameter] | dict[str, nn.Parameter | None],
+    fn: Callable[[Tensor], Tensor],
+) -> None:
+    """Do to Parameters that are not registered what ``Module._apply`` does to those that are."""
+    for name, base in kept.items():
+        if base is None:
+            continue
+        with torch.no_grad():
+            moved = fn(base)
+        if moved.is_meta == base.is_meta and type(base) is nn.Parameter:
+            base.data = moved
+        elif isinstance(moved, nn.Parameter):
+            kept[name] = moved
+        else:
+            kept[name] = nn.Parameter(moved, requires_grad=base.requires_grad)

@@ -15,7 +15,7 @@ from gauge_ext.checkpoint.format import LoRAPair
 from gauge_ext.checkpoint.hashing import HashedFactor, hash_factors
 from gauge_ext.checkpoint.nesting import file_names
 from gauge_ext.checkpoint.on_model import adapter_parts
-from gauge_ext.models import adapter_config, adapter_names, attached_modules, whole_parameters
+from gauge_ext.models import adapter_config, attached_modules, whole_parameters
 
 
 def adapter_digest(
@@ -59,9 +59,7 @@ def adapter_sha256(model: nn.Module, name: str | None = None) -> str:
     pairs = {names[path]: part.pair for path, part in parts.items()}
     scalings = {names[path]: part.scaling for path, part in parts.items()}
     on_parameters = [path for path, pair in pairs.items() if pair.kind == "parameter"]
-    # What is trained whole belongs to the oldest adapter, which alone can have asked for it.
-    oldest = name is None or name == adapter_names(owner)[0]
-    trained = whole_parameters(owner) if oldest else {}
+    trained = whole_parameters(owner, name)
     config = adapter_config(owner, name) if on_parameters or trained else LoRAConfig()
     for path in on_parameters:
         scalings[path] = config.scaling_for(path)

@@ -14,16 +14,9 @@ from gauge_ext.adapters import AdaptedLayer, variant_for
 from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.checkpoint.placing import placed
 from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
+from gauge_ext.checkpoint.whole import fill_whole, require_whole
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, TargetError
-from gauge_ext.models import whole
-from gauge_ext.models.adapted import (
-    attachment,
-    base_modules,
-    lora_layers,
-    record,
-    unwrap,
-    whole_parameters,
-)
+from gauge_ext.models.adapted import attachment, base_modules, lora_layers, record, unwrap
 from gauge_ext.models.attach import detach, put_on
 from gauge_ext.models.many import delete_adapter
 from gauge_ext.models.roster import (
@@ -83,6 +76,7 @@ def load_adapter(
     present = _low_rank(inner, name) if name in others else {}
     if present:
         _require_same(inner, checkpoint, present, name)
+        require_whole(checkpoint, inner, name)
         done = attachment(inner)
         config = dataclasses.replace(
             checkpoint.config, adapter_dtype=done.configs[name].adapter_dtype
@@ -97,10 +91,7 @@ def load_adapter(
         if parameters and not present:
             _require_shapes(checkpoint, _low_rank(inner, name))
         _fill(checkpoint, _low_rank(inner, name), name, trainable=trainable)
-        if name == next(iter(attachment(inner).configs)):
-            _fill_whole(checkpoint, inner, trainable=trainable)
-        else:
-            _require_base(checkpoint, inner)
+        fill_whole(checkpoint, inner, name, trainable=trainable)
     except BaseException:
         if not present and others:
             delete_adapter(inner, name)
@@ -147,61 +138,6 @@ def _fill(
         named = checkpoint.config.name_for(path, pair.kind)
         slot.scaling = checkpoint.config.scaling_for(named)
         slot.dropout_p = checkpoint.config.dropout
-
-
-@torch.no_grad()
-def _fill_whole(checkpoint: AdapterCheckpoint, model: nn.Module, *, trainable: bool) -> None:
-    """Take over the parameters that were trained whole, and check those that were saved along."""
-    trained = whole_parameters(model)
-    if lacking := [path for path in trained if path not in checkpoint.whole]:
-        raise AdapterMismatchError(
-            f"{checkpoint.path} lacks {len(lacking)} parameters that its config says were trained "
-            f"whole (modules_to_save, bias): {_some(lacking)}."
-        )
-    for path, value in checkpoint.whole.items():
-        here = _same_shape(checkpoint, model, path)
-        if path in trained:
-            here.copy_(value)
-            here.requires_grad_(trainable)
-        elif not torch.equal(here, value.to(here.device, here.dtype)):
-            # A base that was changed before training, such as an embedding with new tokens.
-            own = whole.replace(model, [path])
-            model.get_parameter(path).copy_(value)
-            model.get_parameter(path).requires_grad_(False)
-            done = attachment(model)
-            record(model, dataclasses.replace(done, whole={**done.whole, **own}))
-
-
-def _require_base(checkpoint: AdapterCheckpoint, model: nn.Module) -> None:
-    """Refuse a further adapter that was trained on a base with other values than this one's."""
-    for path, value in checkpoint.whole.items():
-        here = _same_shape(checkpoint, model, path)
-        if not torch.equal(here, value.to(here.device, here.dtype)):
-            raise AdapterMismatchError(
-                f"{checkpoint.path} brings values of its own for the base's {path!r}, and the base "
-                "is shared with the adapters that are there.",
-                hint="Load it first, or onto a copy of the model.",
-            )
-
-
-def _same_shape(checkpoint: AdapterCheckpoint, model: nn.Module, path: str) -> nn.Parameter:
-    """The model's parameter at ``path``, if it is as large as the file's."""
-    here = dict(model.named_parameters(remove_duplicate=False)).get(path)
-    value = checkpoint.whole[path]
-    if here is None or here.shape != value.shape:
-        shape = "none of that name" if here is None else f"one of shape {tuple(here.shape)}"
-        raise AdapterMismatchError(
-            f"{checkpoint.path} holds the parameter {path!r} of shape {tuple(value.shape)}, "
-            f"and this {type(model).__name__} has {shape}.",
-            hint="If the vocabulary was resized for training, resize the model's first.",
-        )
-    if here.is_meta:
-        raise AdapterStateError(
-            f"{checkpoint.path} holds the parameter {path!r} of the base, which is on the meta "
-            "device and would take its own values later.",
-            hint="Load the base's weights first, and then the adapter.",
-        )
-    return here
 
 
 def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn.Module]:

@@ -19,9 +19,10 @@ from gauge_ext.checkpoint.format import CONFIG_NAME, LoRAPair
 from gauge_ext.checkpoint.load import load_adapter
 from gauge_ext.checkpoint.placing import placed
 from gauge_ext.checkpoint.read import read_adapter
+from gauge_ext.checkpoint.whole import require_whole
 from gauge_ext.checkpoint.write import save_adapter
 from gauge_ext.errors import AdapterFormatError, AdapterMismatchError
-from gauge_ext.models.adapted import lora_layers, unwrap
+from gauge_ext.models.adapted import lora_layers, unwrap, whole_parameters
 from gauge_ext.models.roster import (
     adapter_names,
     require_names,
@@ -95,8 +96,9 @@ def swap_adapter(model: ModelT, path: str | os.PathLike[str], name: str | None =
 
     The parameters stay the same objects, at the same addresses, and no number that
     ``torch.compile`` has looked at changes: nothing is allocated on the model and nothing compiled
-    again. An adapter of a lower rank is filled up with zeros, through which no gradient flows: such
-    an adapter is for use, not for training. The scaling stays as it is, and ``lora_B`` and
+    again. What was trained whole (``modules_to_save``, biases, tokens) gets its values too. An
+    adapter of a lower rank is filled up with zeros, through which no gradient flows: such an
+    adapter is for use, not for training. The scaling stays as it is, and ``lora_B`` and
     ``lora_bias`` make up for the difference to the file's.
 
     Args:
@@ -108,8 +110,8 @@ def swap_adapter(model: ModelT, path: str | os.PathLike[str], name: str | None =
         ``model``.
 
     Raises:
-        AdapterMismatchError: It is for other layers, of a higher rank, or consists of other
-            tensors (DoRA, ``lora_bias``); nothing is changed.
+        AdapterMismatchError: It is for other layers, of a higher rank, consists of other tensors
+            (DoRA, ``lora_bias``), or trained other parameters whole; nothing is changed.
         AdapterStateError: There is no adapter of that name, or the adapters are merged.
     """
     inner = unwrap(model)
@@ -117,7 +119,11 @@ def swap_adapter(model: ModelT, path: str | os.PathLike[str], name: str | None =
     require_names(inner, [name])
     require_unmerged(inner)
     checkpoint, _ = placed(read_adapter(path), inner)
-    layers = {at: layer for at, layer in lora_layers(inner).items() if name in layer.names}
+    layers = {
+        at: layer
+        for at, layer in lora_layers(inner).items()
+        if layer.kind != "tokens" and name in layer.names
+    }
     if set(layers) != set(checkpoint.tensors):
         other = sorted(set(layers) ^ set(checkpoint.tensors))
         raise AdapterMismatchError(
@@ -127,6 +133,13 @@ def swap_adapter(model: ModelT, path: str | os.PathLike[str], name: str | None =
         )
     for module, layer in layers.items():
         _require_room(layer, name, checkpoint.tensors[module], module, path)
+    if changed := require_whole(checkpoint, inner, name):
+        raise AdapterMismatchError(
+            f"{path} brings values of its own for the base's {next(iter(changed))!r}.",
+            hint="Load it with load_adapter() onto a model of its own.",
+        )
+    for at, parameter in whole_parameters(inner, name).items():
+        parameter.copy_(checkpoint.whole[at])
     for module, layer in layers.items():
         pair, slot = checkpoint.tensors[module], layer.adapter(name)
         named = checkpoint.config.name_for(module, pair.kind)

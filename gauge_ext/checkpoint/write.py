@@ -45,7 +45,6 @@ from gauge_ext.models.adapted import (
     unwrap,
     whole_parameters,
 )
-from gauge_ext.models.roster import adapter_names
 
 # Names of the modules whose base weight PEFT saves along where they are adapted.
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
@@ -127,10 +126,7 @@ def save_adapter(
             "base_model_class": kind.__name__,
             "parent_library": kind.__module__,
         }
-    # What is trained whole belongs to the oldest adapter, which alone can have asked for it.
-    whole: dict[str, torch.Tensor] = {}
-    if name is None or name == adapter_names(inner)[0]:
-        whole |= whole_parameters(inner)
+    whole: dict[str, torch.Tensor] = {**whole_parameters(inner, name)}
     for at, tensor in whole.items():
         if not bool(tensor.isfinite().all()):
             raise NonFiniteError(f"{at} holds NaN or infinity.", hint="Nothing was saved.")

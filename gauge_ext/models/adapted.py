@@ -9,8 +9,9 @@ from typing import cast
 from torch import nn
 
 from gauge_ext.adapters import AdaptedLayer, Adapter, LoRAConfig, LowRankAdapter
-from gauge_ext.adapters.many import Slots
+from gauge_ext.adapters.many import NamedAdapters, Slots
 from gauge_ext.adapters.slot import AdapterSlot
+from gauge_ext.adapters.whole import WholeModule, whole_modules
 from gauge_ext.errors import AdapterStateError
 from gauge_ext.models.fast_path import Switch
 
@@ -27,8 +28,9 @@ class Attachment:
         skipped: Layers that "all-linear" left out -> why.
         trainable: Names of the parameters that required gradients before.
         switches: See :func:`gauge_ext.models.fast_path.suspend`.
-        whole: Path of each parameter that is trained whole, which the oldest adapter may have asked
-            for -> the base's own, which comes back.
+        whole: Path of each bias that is trained, which the oldest adapter may have asked for -> the
+            base's own, which comes back; see :class:`~gauge_ext.adapters.whole.WholeModule` for
+            whole modules.
     """
 
     configs: Mapping[str, LoRAConfig]
@@ -63,23 +65,50 @@ def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]
     ] + list(whole_parameters(model).items())
 
 
-def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained whole beside the adapters, by name."""
+def whole_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained whole beside the adapters, by name.
+
+    Args:
+        model: A model, with adapters or without.
+        name: Those of one adapter alone, by the names that they have in the base and in a file;
+            None: those of all, by their names in the model.
+    """
     found: dict[str, nn.Parameter] = {}
     inner = unwrap(model)
     layers = lora_layers(inner)
     for owner_path, owner in inner.named_modules():
         done: Attachment | None = vars(owner).get(KEY)
-        for path in done.whole if done is not None else ():
-            name = f"{owner_path}.{path}" if owner_path else path
-            holder, _, last = name.rpartition(".")
+        if done is None or name not in (None, next(iter(done.configs))):
+            continue
+        for path in done.whole:
+            full = f"{owner_path}.{path}" if owner_path else path
+            holder, _, last = full.rpartition(".")
             kept = layers[holder].kept_parameters if holder in layers else {}
-            found[name] = kept[last] if last in kept else inner.get_parameter(name)
-    for path, layer in layers.items():
-        if layer.kind == "tokens":
-            named = layer.adapter_parameters().items()
-            found |= {f"{path}.{name}": parameter for name, parameter in named}
+            found[full] = kept[last] if last in kept else inner.get_parameter(full)
+    tokens = {path: layer for path, layer in layers.items() if layer.kind == "tokens"}
+    for path, module in {**whole_modules(inner), **tokens}.items():
+        if name is None:
+            named = module.adapter_parameters()
+        else:
+            named = module.adapter(name).trained() if name in module.names else {}
+        found |= {f"{path}.{key}" if path else key: value for key, value in named.items()}
     return found
+
+
+def every_parameter(model: nn.Module) -> list[nn.Parameter]:
+    """Return all Parameters, also the base's own in whose place an adapter's stand at present."""
+    found = list(model.parameters())
+    for module in model.modules():
+        if isinstance(module, AdaptedLayer):
+            found += module.kept_parameters.values()
+        elif isinstance(module, WholeModule):
+            found += module.own_parameters.values()
+    return found
+
+
+def named_layers(model: nn.Module) -> dict[str, NamedAdapters]:
+    """Return all modules that tell adapters by their names, by path: those of lora_layers too."""
+    return {n: m for n, m in unwrap(model).named_modules() if isinstance(m, NamedAdapters)}
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -12,6 +12,7 @@ from torch import nn
 from gauge_ext.adapters import AdaptedLayer, LoRAConfig, adapt, variant_for
 from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.adapters.parameter import LoRAHolder, adapt_parameter
+from gauge_ext.adapters.whole import whole_modules
 from gauge_ext.errors import ConfigError
 from gauge_ext.models import fast_path, whole
 from gauge_ext.models.adapted import KEY, Attachment, attachment, lora_layers, record, unwrap
@@ -133,13 +134,14 @@ def put_on(
         taken = (*layers.values(), *parameters.values())
         chosen = whole.chosen(model, config, layers)
         fresh += train_tokens(model, config, taken, chosen, name)
+        saved = whole.save_modules(model, config, name)
     except BaseException:
         for done in fresh:
             done.to_base()
         for done in beside:
             done.remove(name)
         raise
-    for layer in fresh:
+    for layer in (*fresh, *saved):
         layer.set_active(active)
     if before is not None or name != DEFAULT:
         accept_row_names(model)
@@ -154,11 +156,12 @@ def put_on(
         )
         record(model, now)
         return
-    own = {id(p) for layer in fresh for p in layer.adapter_parameters().values()}
+    own = {id(p) for layer in (*fresh, *saved) for p in layer.adapter_parameters().values()}
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
-    own_whole = whole.replace(model, chosen)
+    copied = {f"{path}.{key}" for path, m in whole_modules(model).items() for key in m.trained()}
+    own_whole = whole.replace(model, [path for path in chosen if path not in copied])
     record(model, Attachment({name: config}, names, dict(skipped), trainable, switches, own_whole))
 
 
@@ -166,7 +169,6 @@ def _require_low_rank(config: LoRAConfig) -> None:
     """Refuse a further adapter that wants parameters of the base for itself."""
     for field_name, plain in (
         ("bias", "none"),
-        ("modules_to_save", None),
         ("trainable_token_indices", None),
     ):
         if (value := getattr(config, field_name)) != plain:
@@ -193,6 +195,8 @@ def detach(model: ModelT) -> ModelT:
             layer.unmerge()
         layer.to_base()
     whole.restore(inner, done.whole)
+    for module in whole_modules(inner).values():
+        module.put_back()
     for name, parameter in inner.named_parameters():
         parameter.requires_grad_(name in done.trainable)
     forget(inner)

@@ -8,9 +8,10 @@ from typing import TypeVar
 from torch import nn
 
 from gauge_ext.adapters import LoRAConfig
+from gauge_ext.adapters.whole import whole_modules
 from gauge_ext.errors import AdapterStateError
 from gauge_ext.models import whole
-from gauge_ext.models.adapted import attachment, lora_layers, record, unwrap
+from gauge_ext.models.adapted import attachment, lora_layers, named_layers, record, unwrap
 from gauge_ext.models.attach import attach
 from gauge_ext.models.roster import active_pairs, require_names, require_new_name, require_unmerged
 from gauge_ext.models.row_names import accept_row_names
@@ -38,7 +39,7 @@ def add_adapter(model: ModelT, config: LoRAConfig, name: str) -> ModelT:
 def delete_adapter(model: ModelT, name: str) -> ModelT:
     """Take one of several adapters off; of the last one :func:`~gauge_ext.detach` does.
 
-    With the adapter that asked for them go the parameters that were trained whole.
+    With it go its copies of whole modules, and the biases that it trained.
 
     Raises:
         AdapterStateError: There is no such adapter, it is the only one, or the adapters are merged.
@@ -60,6 +61,9 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
         if name in layer.names:
             layer.remove(name)
         layer.set_active(remaining)
+    whole.drop_modules(inner, name)
+    for module in whole_modules(inner).values():
+        module.set_active(remaining)
     if name == oldest:
         whole.restore(inner, done.whole)
     now = replace(
@@ -82,7 +86,7 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
     inner = unwrap(model)
     require_names(inner, [old])
     require_new_name(inner, new)
-    for layer in lora_layers(inner).values():
+    for layer in named_layers(inner).values():
         layer.rename(old, new)
     done = attachment(inner)
     configs = {new if key == old else key: config for key, config in done.configs.items()}

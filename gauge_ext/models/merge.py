@@ -10,8 +10,15 @@ from typing import TypeVar
 from torch import nn
 
 from gauge_ext.adapters import AdaptedLayer, WrappedAdapter
+from gauge_ext.adapters.whole import whole_modules
 from gauge_ext.errors import AdapterStateError, NonFiniteError
-from gauge_ext.models.adapted import attached_modules, attachment, lora_layers, unwrap
+from gauge_ext.models.adapted import (
+    attached_modules,
+    attachment,
+    every_parameter,
+    lora_layers,
+    unwrap,
+)
 from gauge_ext.models.attach import forget
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -80,9 +87,10 @@ def merge_and_unload(model: nn.Module, *, safe: bool = True) -> nn.Module:
     """Merge for good, in the memory of one layer, and leave plain layers without a trace.
 
     As :func:`merge` with ``keep_base=False``, for layers that are merged already too. What was
-    trained whole (``modules_to_save``, biases, tokens) stays as it was trained; parameters require
-    gradients as they did before :func:`~gauge_ext.attach`. An adapter that holds its base as a
-    submodule is replaced by that base, merged; where the base cannot take the update, it stays.
+    trained whole (``modules_to_save`` of the active adapter, biases, tokens) stays as it was
+    trained; parameters require gradients as they did before :func:`~gauge_ext.attach`. An adapter
+    that holds its base as a submodule is replaced by that base, merged; where the base cannot take
+    the update, it stays.
 
     Args:
         model: A model, with adapters or without.
@@ -129,8 +137,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
     """
     inner = unwrap(model)
     memo: dict[int, object] = {}
-    kept = [p for layer in lora_layers(inner).values() for p in layer.kept_parameters.values()]
-    for parameter in (*inner.parameters(), *kept):
+    for parameter in every_parameter(inner):
         # A subclass (quantised, distributed) knows best itself how it is copied.
         if type(parameter) is nn.Parameter:
             shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
@@ -152,6 +159,8 @@ def _unload(model: nn.Module, *, safe: bool) -> nn.Module:
     _merge_layers(unmerged, safe=safe, keep_base=False)
     for layer in layers.values():
         layer.to_base()
+    for saved in whole_modules(model).values():
+        saved.keep_working()
     forget(model)
     # In place of each wrapped adapter the merged base, wherever the model holds it.
     plain: dict[nn.Module, nn.Module] = {}

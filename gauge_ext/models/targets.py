@@ -13,6 +13,7 @@ from gauge_ext.adapters.config import LoRAConfig
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.parameter import reason_against_parameter
 from gauge_ext.adapters.registry import unsupported_reason, variant_for
+from gauge_ext.adapters.whole import WholeModule
 from gauge_ext.errors import TargetError
 from gauge_ext.models.adapted import base_modules
 from gauge_ext.models.whole import saved_modules
@@ -196,6 +197,8 @@ def blocker(model: nn.Module, name: str, module: nn.Module) -> str | None:
     """Say why the module at ``name`` in ``model`` cannot carry an adapter, or a further one."""
     if isinstance(module, AdaptedLayer):
         return None
+    if isinstance(module, WholeModule):
+        return f"{', '.join(map(repr, module.names))} has it trained whole (modules_to_save)"
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in _MAMBA_TYPES and name.rpartition(".")[2] == "out_proj":
         return f"the fused kernels of {model_type} read its weight and never call it"

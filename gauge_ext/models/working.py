@@ -9,8 +9,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from gauge_ext.adapters.whole import whole_modules
 from gauge_ext.errors import AdapterStateError, ConfigError
-from gauge_ext.models.adapted import attachment, lora_layers, unwrap
+from gauge_ext.models.adapted import attachment, lora_layers, named_layers, unwrap
 from gauge_ext.models.roster import active_pairs, require_names, require_unmerged
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -28,20 +29,24 @@ def set_adapters(model: ModelT, names: str | Iterable[str] | Mapping[str, float]
     Args:
         model: A model with adapters.
         names: One name, several, or names with weights: the update is the sum of the updates, each
-            times its weight. None at all: the base alone.
+            times its weight. None at all: the base alone. A module of ``modules_to_save`` is that
+            of the adapter which has one, whatever its weight.
 
     Returns:
         ``model``.
 
     Raises:
-        AdapterStateError: There is no such adapter, or the adapters are merged.
+        AdapterStateError: There is no such adapter, the adapters are merged, or two of them have
+            copies of one module (``modules_to_save``), of which but one can be used.
         ConfigError: A weight is not a finite number.
     """
     inner = unwrap(model)
     weights = _weights(names)
     require_names(inner, weights)
     require_unmerged(inner)
-    for layer in lora_layers(inner).values():
+    for path, module in whole_modules(inner).items():
+        _require_one_copy(path, [name for name in weights if name in module.names])
+    for layer in named_layers(inner).values():
         layer.set_active(tuple(weights.items()))
     return model
 
@@ -63,8 +68,8 @@ def use_adapters(
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Compute with the base alone for the length of a ``with``, whatever kind of layer is adapted.
 
-    Biases and whole modules that are trained (``bias``, ``modules_to_save``) belong to the base
-    here: they stay as they are.
+    Modules of ``modules_to_save`` are the base's own then. Biases that are trained (``bias``)
+    belong to the base here, as in PEFT: they stay as they are.
 
     Raises:
         AdapterStateError: There are no adapters, or they are merged.
@@ -72,7 +77,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     inner = unwrap(model)
     attachment(inner)
     require_unmerged(inner)
-    working = [layer for layer in lora_layers(inner).values() if not layer.disabled]
+    working = [layer for layer in named_layers(inner).values() if not layer.disabled]
     for layer in working:
         layer.set_disabled(True)
     try:
@@ -100,7 +105,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     Raises:
         AdapterStateError: There is no such adapter, the adapters are merged, or one of those named
             is on a layer that cannot tell samples apart: ``nn.MultiheadAttention``, a bare
-            parameter, trained tokens.
+            parameter, trained tokens; or samples ask for different copies of one module
+            (``modules_to_save``).
     """
     inner = unwrap(model)
     used = tuple(dict.fromkeys(name for name in names if name is not None))
@@ -116,16 +122,31 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
                 hint="Call the model once for each adapter, with use_adapters(), or leave this "
                 "layer out of the adapters' targets.",
             )
-    for layer in layers.values():
-        names_here = tuple(name for name in used if name in layer.names)
+    for path, module in whole_modules(inner).items():
+        _require_one_copy(path, [n if n in module.names else None for n in dict.fromkeys(names)])
+    named = named_layers(inner).values()
+    for each in named:
+        names_here = tuple(name for name in used if name in each.names)
         place = {name: i for i, name in enumerate(names_here)}
         chosen = [-1 if name is None else place.get(name, -1) for name in names]
-        layer.set_rows((names_here, torch.tensor(chosen, dtype=torch.int64)))
+        each.set_rows((names_here, torch.tensor(chosen, dtype=torch.int64)))
     try:
         yield
     finally:
-        for layer in layers.values():
-            layer.set_rows(None)
+        for each in named:
+            each.set_rows(None)
+
+
+def _require_one_copy(path: str, wanted: Sequence[str | None]) -> None:
+    """Refuse that several adapters, or one and the base, give the module at ``path`` at once."""
+    given = dict.fromkeys(wanted)
+    if len(given) > 1:
+        shown = ", ".join("the base" if name is None else repr(name) for name in given)
+        raise AdapterStateError(
+            f"the module {path!r} can be that of one adapter at a time, and {shown} each have one "
+            "of their own (modules_to_save).",
+            hint="Make one of them active, and call the model once for each.",
+        )
 
 
 def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import gauge_ext
 from gauge_ext import LoRAConfig, attach, detach, load_adapter, merge, save_adapter
 from gauge_ext.checkpoint import adapter_sha256, read_adapter
+from gauge_ext.checkpoint.many import swap_adapter
 from gauge_ext.errors import AdapterMismatchError, ConfigError, NonFiniteError, TargetError
 from gauge_ext.models import merged_copy, unmerge, whole_parameters
 
@@ -165,3 +166,22 @@ def test_not_finite(x: Tensor) -> None:
     with pytest.raises(NonFiniteError, match="emb.token_adapter"):
         merge(model)
     assert not model.up.merged
+
+
+def test_swapped_and_loaded_in_place(tmp_path: Path) -> None:
+    base, model = adapted(tied=True)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in gauge_ext.adapter_parameters(other):
+            parameter.normal_(std=0.5)
+    save_adapter(other, tmp_path / "other")
+    swap_adapter(model, tmp_path / "other")
+    x = torch.arange(7)[None]
+    torch.testing.assert_close(model(x), by_hand(base, other)(x))
+    # Rows of other tokens have no place in it, however many they are.
+    wrong = attach(copy.deepcopy(base), config(trainable_token_indices=[5, 3]))
+    save_adapter(wrong, tmp_path / "wrong")
+    for put in (swap_adapter, load_adapter):
+        with pytest.raises(AdapterMismatchError, match=r"tokens \(5, 2\).* rows of \(5, 3\)"):
+            put(model, tmp_path / "wrong")
+        torch.testing.assert_close(model(x), by_hand(base, other)(x))

@@ -11,7 +11,7 @@ from torch import nn
 import gauge_ext
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.errors import ConfigError, TargetError
-from gauge_ext.models import attach, attachment, detach, find_targets, merge, whole_parameters
+from gauge_ext.models import attach, detach, find_targets, merge, whole_parameters
 
 
 def config(**fields: object) -> LoRAConfig:
@@ -74,10 +74,10 @@ def test_names_that_mean_nothing_are_refused(mlp: nn.Module) -> None:
 def test_a_parameter_that_is_two_stays_two_names_of_one() -> None:
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"up": nn.Linear(3, 4), "a": shared, "b": nn.Linear(4, 4)})
-    model["b"].weight = shared.weight
+    shared_weight = model["b"].weight = shared.weight
     attach(model, config(modules_to_save=["a", "b"]))
     assert model["a"].weight is model["b"].weight
-    assert model["a"].weight is not attachment(model).whole["a.weight"]
+    assert model["a"].weight is not shared_weight
 
 
 def test_a_warning_tells_of_a_tie_that_comes_apart() -> None:
