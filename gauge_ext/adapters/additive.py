@@ -32,6 +32,12 @@ class AdditiveLayer(AdaptedLayer):
         r"""Return :math:`B A \tilde x + \beta`, shaped as the output; each kind defines it."""
         raise NotImplementedError(f"{type(self).__name__} defines no branch_output()")
 
+    def add_branch(self, y: Tensor, x: Tensor, branch: Branch) -> Tensor:
+        r"""Return :math:`y + s\,(B A \tilde x + \beta)`, of y's dtype."""
+        # torch.add(..., alpha=) is one pass less, but inductor of torch 2.13 loses an alpha beside
+        # a product of matrices: compiled, the update would come without its scaling.
+        return y + (self.branch_output(x, branch) * branch.scaling).to(y.dtype)
+
     def adapted_output(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return y for an unmerged layer, of the base's output's dtype.
 
@@ -47,10 +53,7 @@ class AdditiveLayer(AdaptedLayer):
         if gain is not None:
             y = self._scaled(y, branches.along(gain, y, self.output_dim), bias)
         for branch in working:
-            update = self.branch_output(x, branch)
-            # torch.add(..., alpha=) is one pass less, but inductor of torch 2.13 loses an alpha
-            # beside a product of matrices: compiled, the update would come without its scaling.
-            y = y + (update * branch.scaling).to(y.dtype)
+            y = self.add_branch(y, x, branch)
         return y.to(dtype)
 
     def _scaled(self, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:

@@ -138,8 +138,31 @@ class LoRAConv(AdditiveLayer):
 
     def branch_output(self, x: Tensor, branch: Branch) -> Tensor:
         """Return what the r channels give, ``(batch, out, *size)``."""
+        return self._expand(self._hidden(x, branch), branch)
+
+    def add_branch(self, y: Tensor, x: Tensor, branch: Branch) -> Tensor:
+        r"""Return :math:`y + s\,(B A \tilde x + \beta)`, of y's dtype and memory format.
+
+        Where every output sees the r channels, the product and the sum are one pass over y.
+        """
+        hidden = self._hidden(x, branch)
+        batched = y.dim() == len(self.kernel_size) + 2
+        if self.groups > 1 or branch.bias is not None or hidden.dtype != y.dtype or not batched:
+            return y + (self._expand(hidden, branch) * branch.scaling).to(y.dtype)
+        lora_B, s = branch.lora_B.flatten(1), branch.scaling
+        if y.is_contiguous():
+            factors = lora_B.expand(len(y), -1, -1), hidden.flatten(2)
+            return torch.baddbmm(y.flatten(2), *factors, alpha=s).view_as(y)
+        rows, hidden = y.movedim(1, -1), hidden.movedim(1, -1)  # channels_last, as torch has it
+        flat = torch.addmm(rows.flatten(0, -2), hidden.flatten(0, -2), lora_B.mT, alpha=s)
+        return flat.view(rows.shape).movedim(-1, 1)
+
+    def _hidden(self, x: Tensor, branch: Branch) -> Tensor:
+        """The r channels, ``(batch, r, *size)``, in the factors' dtype."""
         dropped = F.dropout(x, branch.dropout_p) if branch.dropout_p > 0.0 else x
-        hidden = self._convolve(dropped.to(branch.lora_A.dtype), branch.lora_A, None, 1)
+        return self._convolve(dropped.to(branch.lora_A.dtype), branch.lora_A, None, 1)
+
+    def _expand(self, hidden: Tensor, branch: Branch) -> Tensor:
         convolution = _CONVOLUTIONS[len(self.kernel_size) - 1]
         return convolution(hidden, branch.lora_B, branch.bias, groups=self.groups)
 
