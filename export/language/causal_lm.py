@@ -91,8 +91,10 @@ def export_causal_lm(
         adapter_targets: See :func:`gauge_ext.export.export_onnx`; so are the following.
         adapter_form: "optional" or "required".
         adapter_precision: "float32", "float16", "int8", or None.
-        precision: "fp32", "fp16", "int8" or "int4": how the weights are stored. The graphs are
-            validated in float32 and quantized then; what that costs is measured in each weight, on
+        precision: "fp32", "fp16", "int8", "int8-static" or "int4": how the weights are stored. The
+            graphs are validated in float32 and quantized then (int8-static with the ranges that the
+            prompts in ``quantization.calibration`` give, in prefill and in the steps after it);
+            what that costs is measured in each weight, on
             the outputs against float32, and by letting the graphs generate beside torch.
         quantization: More about that.
         opset: Version of the operators.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from gauge_ext.export.adapters.feeds import feeds_by_case
 from gauge_ext.export.adapters.table import AdapterTable, Arrays
+from gauge_ext.export.language.calibration import Calibration
 from gauge_ext.export.metadata import read_bounds
-from gauge_ext.export.precision.quantize import quantize_in_place
+from gauge_ext.export.precision.quantize import Cases, quantize_in_place
 from gauge_ext.export.precision.quantize_methods import Precision, QuantizationOptions
 from gauge_ext.export.precision.quantize_report import QuantizationReport
 from gauge_ext.export.proof.subject import Subject
@@ -21,7 +24,12 @@ NO_BAR = Tolerance(relative=1e300, cosine=-1.0, top1=0.0)  # what is measured an
 
 
 def quantize_graph(
-    subject: Subject, folder: Path, precision: Precision, options: QuantizationOptions, seed: int
+    subject: Subject,
+    folder: Path,
+    precision: Precision,
+    options: QuantizationOptions,
+    seed: int,
+    calibration: Calibration | None = None,
 ) -> QuantizationReport:
     """Puts a draft in fewer bits, and compares it with float32 on the cases of its validation.
 
@@ -31,6 +39,8 @@ def quantize_graph(
         precision: How.
         options: See :class:`~gauge_ext.export.QuantizationOptions`.
         seed: Of the inputs.
+        calibration: For int8-static: what gives the ranges, in place of ``options.calibration``.
+            The first prompt is among what the outputs are compared on.
     """
     path = subject.path
     metadata = (session := open_session(path)[0]).get_modelmeta().custom_metadata_map
@@ -51,7 +61,7 @@ def quantize_graph(
         make_inputs=subject.make_inputs,
         plans=subject.cases,
     )
-    feeds = (
+    feeds: Cases = (
         (
             case.name + suffix,
             case.sizes,
@@ -61,4 +71,7 @@ def quantize_graph(
         for suffix, arrays in more.items()
     )
     place = folder / path.name
+    if calibration is not None:
+        options = replace(options, calibration=calibration.feeds(path.name))
+        feeds = chain(feeds, calibration.cases(path.name))
     return quantize_in_place(path, place, precision, options, feeds, subject.focus)

@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from gauge_ext.errors import ConfigError, ExportError
+from gauge_ext.errors import ExportError
 from gauge_ext.export.adapters.codes import AdapterPrecision
 from gauge_ext.export.adapters.file import read_table
 from gauge_ext.export.adapters.table import AdapterForm
 from gauge_ext.export.checks import require_packages
 from gauge_ext.export.disk.files import staged_folder
+from gauge_ext.export.language.calibration import Calibration
+from gauge_ext.export.language.calibration_prompts import prompts_of
 from gauge_ext.export.language.fewer_bits import NO_BAR, quantize_graph
 from gauge_ext.export.language.loop import Generated, Sample, run_generation, run_loop
 from gauge_ext.export.language.model_folder import settle, write_manifest, write_settings
@@ -99,14 +101,17 @@ def export_folder(
         progress: Called with what is being done and the share done.
 
     Raises:
-        ConfigError: the precision cannot be had for this model.
+        ConfigError: the precision cannot be had for this model, or a calibration set does not fit.
         ExportError: torch cannot translate it, a layer that is to take an adapter is in no graph,
             onnxruntime cannot load a graph, or a package is missing.
         ValidationError: onnxruntime and torch disagree.
         WriteError: the folder cannot be written.
     """
     require_packages()
-    _require_precision(kind.model, precision, quantization)
+    require_quantizable(kind.model, precision, quantization)
+    quantize = quantization or QuantizationOptions()
+    static = precision == "int8-static"
+    prompts = prompts_of(kind.model, kind.sample(seed), quantize.calibration) if static else []
     tell = progress or (lambda what, share: None)
     with staged_folder(folder) as draft:
         subjects = kind.subjects(draft, seed)
@@ -146,8 +151,10 @@ def export_folder(
         generated: tuple[Generated, ...] = ()
         if precision != "fp32":
             tell(f"to {precision}", 0.9)
-            quantize = quantization or QuantizationOptions()
-            lost = [quantize_graph(one, folder, precision, quantize, seed) for one in subjects]
+            runs = Calibration(draft, kind.model, prompts) if static else None
+            lost = [
+                quantize_graph(one, folder, precision, quantize, seed, runs) for one in subjects
+            ]
         if validate:
             if precision != "fp32":
                 measured = kind.whole(draft, NO_BAR, seed)
@@ -161,18 +168,6 @@ def export_folder(
         write_settings(kind.model, draft, source, kind.settings(reports[0]))
         write_manifest(draft, kind.task, graphs)
         return report_of(draft, folder, kind.task, graphs, whole, measured, generated)
-
-
-def _require_precision(
-    model: nn.Module, precision: Precision, options: QuantizationOptions | None
-) -> None:
-    require_quantizable(model, precision, options)
-    if precision == "int8-static":
-        raise ConfigError(
-            "precision 'int8-static' is for single graphs: the ranges of a graph with a cache "
-            "would have to come from caches like those in use.",
-            hint="Use 'int8', which looks at each input when it runs.",
-        )
 
 
 def judge(

@@ -32,6 +32,7 @@ class FolderGraph:
         inputs: Name -> onnxruntime's description; those for adapters are not among them.
         adapters: What switches between adapters; None where the graph has no inputs for them.
         runtime: What runs it, with its version.
+        fed: Where someone wants to know, a list to which each run adds its feeds; else None.
 
     Raises:
         ConfigError: there is no such file.
@@ -52,6 +53,7 @@ class FolderGraph:
         taken = self.adapters.table.shapes if self.adapters is not None else ()
         self.inputs = {v.name: v for v in self._session.get_inputs() if v.name not in taken}
         self._outputs = [value.name for value in self._session.get_outputs()]
+        self.fed: list[Feeds] | None = None
 
     def run(self, feeds: Feeds, adapter: Adapter = None) -> Feeds:
         """Output -> array.
@@ -60,6 +62,8 @@ class FolderGraph:
             feeds: Input -> array.
             adapter: As that of :meth:`gauge_ext.export.AdapterSession.run`.
         """
+        if self.fed is not None:
+            self.fed.append(feeds)
         if self.adapters is not None:
             return self.adapters.run(feeds, adapter)
         return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))

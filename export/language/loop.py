@@ -164,8 +164,15 @@ def variants(generator: OnnxGenerator, model: nn.Module) -> Iterator[tuple[str, 
         yield "", evaluation_copy(model), None
         return
     yield "", bare_copy(unwrap(model)), None
-    if lora_layers(model):
-        feeds = {name: adapter_feeds(table, model) for name, table in generator.tables.items()}
-        source = feeds if generator.is_encoder_decoder else next(iter(feeds.values()))
-        generator.add(_ADAPTER, source)
-        yield ", with adapter", as_fed(generator.tables.values(), model), _ADAPTER
+    if (adapter := add_adapter(generator, model)) is not None:
+        yield ", with adapter", as_fed(generator.tables.values(), model), adapter
+
+
+def add_adapter(generator: OnnxGenerator, model: nn.Module) -> str | None:
+    """Adds a model's adapter to graphs with inputs for it; its name there, or None."""
+    if not generator.tables or not lora_layers(model):
+        return None
+    feeds = {name: adapter_feeds(table, model) for name, table in generator.tables.items()}
+    source = feeds if generator.is_encoder_decoder else next(iter(feeds.values()))
+    generator.add(_ADAPTER, source)
+    return _ADAPTER

@@ -29,6 +29,22 @@ def start_token(folder: Path) -> int:
     )
 
 
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ConfigError(
+            f"{folder} has no tokenizer, so the text cannot be turned into tokens.",
+            hint="Take a folder that has one.",
+        )
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 def padded_rows(inputs: Any, attention_mask: Any, pad: int) -> tuple[Ids, Ids]:
     """Token ids and mask as arrays; rows of different length are padded on the left.
 

@@ -78,8 +78,10 @@ def export_seq2seq(
         adapter_targets: Which layers take factors, with ``mode="adapters"``.
         adapter_form: "optional" or "required".
         adapter_precision: "float32", "float16", "int8", or None.
-        precision: "fp32", "fp16", "int8" or "int4": how the weights are stored. The graphs are
-            validated in float32 and quantized then; what that costs is measured in each weight, on
+        precision: "fp32", "fp16", "int8", "int8-static" or "int4": how the weights are stored. The
+            graphs are validated in float32 and quantized then (int8-static with the ranges that the
+            prompts in ``quantization.calibration`` give, in prefill and in the steps after it);
+            what that costs is measured in each weight, on
             the outputs against float32, and by letting the graphs generate beside torch.
         quantization: More about that.
         opset: Version of the operators.

@@ -43,7 +43,8 @@ def quantize_onnx(
 
     - ``fp16``: all but norms, softmax, powers and sums; inputs and outputs stay float32.
     - ``int8``: weights per output channel, activations when it runs (dynamic).
-    - ``int8-static``: the same with ranges of activations from calibration inputs.
+    - ``int8-static``: the same with ranges of activations from calibration inputs, one for a whole
+      tensor: an activation that is far larger than the others costs these their digits.
     - ``int4``: weights of linear layers in blocks, asymmetric (MatMulNBits).
 
     Merge an adapter first: ``W + s B A`` is rounded once, and not W and the update apart.
@@ -117,7 +118,7 @@ def quantize_draft(
         # A range is that of a tensor with something in it: rank 1 where there is no adapter.
         nothing, zeros = table.nothing(), table.empty(rank=1)
         cases = ((name, sizes, {**nothing, **feeds}) for name, sizes, feeds in cases)
-        options = replace(options, calibration=[{**zeros, **f} for f in options.calibration])
+        options = replace(options, calibration=({**zeros, **f} for f in options.calibration))
     prepare(model, precision)
     exact = weights_of(model)
     with tempfile.TemporaryDirectory(dir=draft.parent) as work, write_errors(path):

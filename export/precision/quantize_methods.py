@@ -6,7 +6,7 @@ They work on graphs whose weights are constants of MatMul; :mod:`linear_form` br
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,10 @@ class QuantizationOptions:
 
     Attributes:
         calibration: For int8-static: sets of inputs by name, whose activations give the ranges.
+            For a model that generates they are prompts, ``input_ids (batch, length)`` and where
+            rows are padded ``attention_mask``, which the float32 graphs read and write on after, up
+            to 16 tokens each; for an encoder-decoder model those of its encoder (of speech
+            ``input_features``), and ``decoder_input_ids`` where its outputs begin otherwise.
         block_size: For int4: how many weights share a scale, 16, 32, 64, 128 or 256.
         keep: Names of nodes, weights or kinds of nodes that stay in float32.
         reduce_range: For int8: weights of 7 bits. With 8, x86 CPUs without VNNI saturate where
@@ -44,7 +48,7 @@ class QuantizationOptions:
             report says how far they are; NaN and infinity fail in any case.
     """
 
-    calibration: Sequence[Feeds] = ()
+    calibration: Iterable[Feeds] = ()
     block_size: int = 32
     keep: Sequence[str] = ()
     reduce_range: bool = True

@@ -11,6 +11,7 @@ from torch import nn
 from gauge_ext.errors import ConfigError
 from gauge_ext.export.language.generate import OnnxGenerator
 from gauge_ext.export.language.loop import variants
+from gauge_ext.export.language.prompt import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,7 @@ def text_perplexity(folder: Path, model: nn.Module, text: str, *, window: int = 
 
 
 def _tokenize(folder: Path, text: str) -> list[int]:
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ConfigError(
-            f"{folder} has no tokenizer, so the text cannot be turned into tokens.",
-            hint="Export from a folder that has one.",
-        )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    ids = [int(token) for token in tokenizer(text)["input_ids"]]
+    ids = [int(token) for token in tokenizer_of(folder)(text)["input_ids"]]
     if len(ids) < 2:
         raise ConfigError(f"the text has {len(ids)} tokens, and at least 2 are needed.")
     return ids

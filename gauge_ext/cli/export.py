@@ -168,7 +168,8 @@ def export(
     single = task is Task.PLAIN or (task is Task.AUTO and out.suffix == ".onnx")
     _check_targets(out, report_file)
     stored, quantization = quantization_options(
-        precision, block_size, keep, calibration, reduce_range, min_cosine, max_loss
+        *(precision, block_size, keep, calibration, reduce_range, min_cosine, max_loss),
+        base=None if single else base,
     )
     chosen: str | list[str] | None = targets
     if targets is not None and [name.lower() for name in targets] == ["all-linear"]:

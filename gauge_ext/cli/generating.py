@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gauge_ext.cli.adapted import show
 from gauge_ext.cli.console import working
 from gauge_ext.cli.problems import OptionError, blame
-from gauge_ext.errors import TargetError, ValidationError, WriteError
+from gauge_ext.errors import GaugeError, TargetError, ValidationError, WriteError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,12 +41,14 @@ def export_folder(
         settings: Of :func:`gauge_ext.export.export_causal_lm`.
     """
     from gauge_ext.export import export_causal_lm, export_seq2seq
+    from gauge_ext.export.language.calibration_prompts import CalibrationError
     from gauge_ext.export.validate import DisagreementError
 
+    options: dict[type[GaugeError], str] = {CalibrationError: "--calibration", **_OPTIONS}
     chosen = kind_of(base.model) if task == "auto" else task
     write = export_seq2seq if chosen == "seq2seq" else export_causal_lm
     try:
-        with working("exporting") as progress, blame("BASE", _OPTIONS):
+        with working("exporting") as progress, blame("BASE", options):
             report = write(base.model, out, source=base.folder, progress=progress, **settings)
     except OptionError as error:
         if isinstance(error.__cause__, DisagreementError):

@@ -101,8 +101,9 @@ Keep = Annotated[
 Calibration = Annotated[
     list[Path] | None,
     typer.Option(
-        metavar="NPZ",
-        help="For int8-static: inputs by name, like those in use; may be given several times.",
+        metavar="FILE",
+        help="For int8-static: inputs by name, like those in use (.npz); for a model that "
+        "generates token ids, or prompts one a line (.txt). May be given several times.",
         show_default=False,
     ),
 ]

@@ -10,7 +10,8 @@ import typer
 from gauge_ext.cli import options
 from gauge_ext.cli.console import stdout, working
 from gauge_ext.cli.files import check_target, write_text
-from gauge_ext.cli.problems import OptionError, blame, explains_errors, first_line
+from gauge_ext.cli.problems import OptionError, blame, explains_errors
+from gauge_ext.cli.sets import read_arrays, read_calibration
 from gauge_ext.errors import ConfigError, ValidationError, WriteError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def quantize(
     stored, chosen = quantization_options(
         precision, block_size, keep, calibration, reduce_range, min_cosine, max_loss
     )
-    measured = [_read(path, "--inputs") for path in inputs or ()]
+    measured = [read_arrays(path, "--inputs") for path in inputs or ()]
     if chosen is not None and chosen.tolerance is not None and not measured:
         raise OptionError("--inputs", "not given, so no output can be judged.")
     from gauge_ext.export import quantize_onnx
@@ -93,8 +94,19 @@ def quantization_options(
     reduce_range: bool,
     min_cosine: float | None,
     max_loss: float | None,
+    base: str | None = None,
 ) -> tuple[Precision, QuantizationOptions | None]:
     """Collect the options about fewer bits.
+
+    Args:
+        precision: As its option says; so are the following.
+        block_size: For int4.
+        keep: What stays in float32.
+        calibration: For int8-static: files.
+        reduce_range: For int8.
+        min_cosine: A bar.
+        max_loss: Another.
+        base: BASE of a model that generates, which may be calibrated on text; else None.
 
     Returns:
         How the weights are stored, and the options; None for fp32.
@@ -126,7 +138,7 @@ def quantization_options(
             top1=0.0,
         )
     chosen = QuantizationOptions(
-        calibration=tuple(_read(path, "--calibration") for path in calibration or ()),
+        calibration=read_calibration(calibration or (), base),
         block_size=32 if block_size is None else block_size,
         keep=tuple(keep or ()),
         reduce_range=reduce_range,
@@ -139,17 +151,3 @@ def quantization_options(
         if "int8-static" in error.message:
             option = "--calibration"
         raise OptionError(option, error.message, hint=error.hint) from error
-
-
-def _read(path: Path, option: str) -> dict[str, Any]:
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
-    except (OSError, ValueError, AttributeError) as error:
-        raise OptionError(
-            option,
-            f"{str(path)!r} is no file of arrays: {first_line(error)}.",
-            hint="Write one with numpy.savez(path, input_ids=...).",
-        ) from error

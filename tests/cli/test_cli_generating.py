@@ -158,6 +158,48 @@ def test_in_fewer_bits(
     assert json.loads(said.stdout)["graphs"]["model.onnx"]["precision"] == "int8"
 
 
+def test_static_ranges_from_prompts(
+    llama_source: tuple[Path, Path],
+    bert_source: Path,
+    run: Run,
+    fails: Fails,
+    tmp_path: Path,
+) -> None:
+    base, adapter = llama_source
+    out, text, ids = tmp_path / "onnx", tmp_path / "prompts.txt", tmp_path / "ids.npz"
+    text.write_text("w9 w8 w10\n\nw20 w30 w40 w41\n", encoding="utf-8")
+    np.savez(ids, input_ids=np.array([[9, 50]]))
+    arguments = ("export", base, "--adapter", adapter, "--out", out, "--precision", "int8-static")
+    assert "none are given" in fails("--calibration", *arguments)
+    assert "the token 50" in fails("--calibration", *arguments, "--calibration", ids)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n", encoding="utf-8")
+    assert "no prompt" in fails("--calibration", *arguments, "--calibration", empty)
+    missing = tmp_path / "missing.txt"
+    assert "cannot be read" in fails("--calibration", *arguments, "--calibration", missing)
+    single = ("export", base, "--out", tmp_path / "m.onnx", "--precision", "int8-static")
+    said = fails("--calibration", *single, "--calibration", text)
+    assert "is for models that generate" in said
+    other = ("export", bert_source, "--out", out, "--precision", "int8-static")
+    assert "no tokenizer" in fails("--calibration", *other, "--calibration", text)
+    assert not out.exists()
+
+    np.savez(
+        ids, input_ids=np.array([[9, 10, 11], [0, 12, 13]]), attention_mask=[[1] * 3, [0, 1, 1]]
+    )
+    result = run(*arguments, "--calibration", ids, "--calibration", text, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    (graph,) = found["graphs"]
+    assert graph["quantization"]["precision"] == "int8-static"
+    assert graph["quantization"]["cases"][-1]["name"] == "calibration prompt 1, step"
+    (written,) = found["generated"]
+    assert written["top1"] > 0.7
+    from gauge_ext.export import OnnxGenerator
+
+    assert OnnxGenerator(out).generate([[9, 8, 10]], max_new_tokens=4).shape == (1, 7)
+
+
 def test_validate_a_folder(
     exported: Path, llama_source: tuple[Path, Path], run: Run, fails: Fails, tmp_path: Path
 ) -> None:

@@ -173,9 +173,6 @@ def test_what_is_refused(exported_llama, traced, tmp_path):
     strict = QuantizationOptions(tolerance=Tolerance(relative=1e-9))
     with pytest.raises(QuantizationLossError, match="int8 loses more"):
         export_causal_lm(model, tmp_path / "out", precision="int8", quantization=strict)
-    calibrated = QuantizationOptions(calibration=[{"input_ids": np.zeros((1, 1), np.int64)}])
-    with pytest.raises(ConfigError, match=r"int8-static.*Use 'int8'"):
-        export_causal_lm(model, tmp_path / "out", precision="int8-static", quantization=calibrated)
     with pytest.raises(ConfigError, match="must be one of"):
         export_causal_lm(model, tmp_path / "out", precision="int3")
     with pytest.raises(ConfigError, match="precision is 'fp32'"):
