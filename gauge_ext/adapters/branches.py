@@ -71,8 +71,7 @@ def linear(
     if gain is None:
         y, branches = _fused(x, weight, bias, branches[0]), branches[1:]
     else:
-        scaled = F.linear(x, weight) * gain
-        y = (scaled if bias is None else scaled + bias).to(x.dtype)
+        y = ops.dora_scale(F.linear(x, weight), gain, bias)
     for branch in branches:
         y = y + (low_rank(x, branch) * branch.scaling).to(y.dtype)
     return y
@@ -99,11 +98,7 @@ def _dora(
     layer: NamedAdapters, slot: AdapterSlot, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """One DoRA alone: the gain scales base and branch together, as they come out of one op."""
-    y = _fused(x, weight, None, layer.branch(slot))
-    gain = layer.gain(slot)
-    # Promoted to the gain's dtype where that is wider, so that it isn't rounded first.
-    scaled = y * gain if bias is None else torch.addcmul(bias.to(gain.dtype), y, gain)
-    return scaled.to(y.dtype)
+    return ops.dora_scale(_fused(x, weight, None, layer.branch(slot)), layer.gain(slot), bias)
 
 
 def _linear_by_rows(

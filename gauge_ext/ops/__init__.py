@@ -1,6 +1,7 @@
 """The ops: each has a compiled kernel, and the same formula in plain torch in ``reference``."""
 
 from gauge_ext.ops import factor_reference, reference
+from gauge_ext.ops.dora_scale import dora_scale
 from gauge_ext.ops.factor_step import factor_gradient_norm, gauge_adam_step, scaled_gd_step
 from gauge_ext.ops.lora_embedding import lora_embedding
 from gauge_ext.ops.lora_gather import lora_gather
@@ -12,6 +13,7 @@ from gauge_ext.ops.merge import MergeSums, merge_, merge_into, merges_in_one_pas
 __all__ = [
     "MergeSums",
     "RiteState",
+    "dora_scale",
     "draw_seed",
     "factor_gradient_norm",
     "factor_reference",

@@ -216,6 +216,12 @@ def lora_embedding(
     return y + (update * scaling).to(y.dtype)
 
 
+def dora_scale(y: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``gain ∘ y + bias``, of y's dtype; see :func:`ops.dora_scale`."""
+    scaled = y * gain
+    return (scaled if bias is None else scaled + bias).to(y.dtype)
+
+
 def rounding_bits(
     rows: int, columns: int, seed: Tensor, layer: int = 0, first_row: int = 0
 ) -> Tensor:
