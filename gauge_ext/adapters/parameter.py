@@ -16,6 +16,7 @@ from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.adapters.protocol import Kind
 from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.adapters.spec import AdapterSpec
+from gauge_ext.adapters.whole import WholeModule
 from gauge_ext.errors import TargetError
 
 # The adapter on the parameter `down_proj` is the submodule `lora_down_proj` of its holder.
@@ -232,6 +233,8 @@ def reason_against_parameter(owner: nn.Module, name: str) -> str | None:
     """Say why the parameter ``name`` of ``owner`` cannot carry an adapter, or return None."""
     if isinstance(owner, AdaptedLayer):
         return "the module that holds it has an adapter itself"
+    if isinstance(owner, WholeModule):
+        return f"{', '.join(map(repr, owner.names))} has its module trained whole (modules_to_save)"
     if "forward" in vars(owner):
         return "the forward of its module was replaced on the object (by hooks, perhaps)"
     weight = owner._parameters.get(name)

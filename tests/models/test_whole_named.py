@@ -313,6 +313,7 @@ def test_what_goes_with_it_no_further(model: nn.Module) -> None:
             "'up' is adapted in place by 'a', 'b', 'c'",
         ),
         ({"target_modules": ["mid"]}, TargetError, "'b' has it trained whole"),
+        ({"target_parameters": ["mid.weight"]}, TargetError, "'b' has its module trained whole"),
         ({"modules_to_save": ["no"]}, TargetError, "modules_to_save names 'no'"),
         ({"bias": "all"}, ConfigError, "bias='all'"),
     ):
