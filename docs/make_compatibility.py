@@ -136,10 +136,11 @@ def two_of(row: Row) -> str:
             theirs.load_adapter(Path(folder, "second"), "second")
         except ValueError:  # a second one on parameters
             theirs = None
-    # The base in the layout of the sums, without groups or codes; a DoRA of zeros would be none.
+    # The base in the layout of the sums, without groups or codes. A DoRA of zeros would be none,
+    # and rows of zeros not the base's.
     zeros = {key: 0 * value for key, value in tensors.items()}
-    dora = any("magnitude" in key for key in tensors)
-    base = row.base() if dora else row.expected(row.base(), zeros)
+    valued = any("magnitude" in key or "trainable_tokens" in key for key in tensors)
+    base = row.base() if valued else row.expected(row.base(), zeros)
     both = copy.deepcopy(base)
     with torch.no_grad():
         for name, parameter in both.named_parameters():

@@ -21,6 +21,7 @@ class AdapterSlot(nn.Module):
             (see :mod:`gauge_ext.adapters.inits`).
         lora_magnitude: m of DoRA, where it is one.
         lora_bias: β of the branch, where it has one.
+        tokens: Of trained tokens, which they are, in the order of their rows.
         scaling: s, applied to the product of the factors.
         dropout_p: The probability with which training drops an input of the branch.
     """
@@ -31,6 +32,7 @@ class AdapterSlot(nn.Module):
     lora_B0: nn.Parameter
     lora_magnitude: nn.Parameter
     lora_bias: nn.Parameter
+    tokens: tuple[int, ...]
     scaling: float
     dropout_p: float
     _factor_names: tuple[str, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,25 @@ from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.adapters.merging import adapter_dtype
 from gauge_ext.adapters.parameter import become_holder, leave_holder, reason_against_parameter
 from gauge_ext.adapters.protocol import Kind
+from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.errors import AdapterStateError, NonFiniteError, TargetError
 
 TOKENS = "token_adapter"
 
 
 class TrainedTokens(AdaptedLayer):
-    """Rows that stand in the place of some rows of a table W ``(vocab, dim)``.
+    r"""Rows that stand in the place of some rows of a table W ``(vocab, dim)``.
+
+    With weights :math:`w_k` of the active adapters, row t is
+
+    .. math:: W_t + \sum_k w_k (R_{k,t} - W_t)
+
+    over those that train the token t.
 
     It is the submodule ``token_adapter`` of the embedding. Layers that share W, such as a tied
-    output embedding, read the same rows and stay tied. The rows are ``trainable_tokens_delta``
-    ``(n, dim)``, values and not differences, which start as W's own; W is never written to.
+    output embedding, read the same rows and stay tied. The rows R are ``trainable_tokens_delta``
+    ``(n, dim)``, values and not differences, which start as W's own; W is never written to. Each
+    further adapter may train tokens of its own, or the same.
 
     Args:
         owners: The module that holds W, and those that share it.
@@ -49,6 +57,16 @@ class TrainedTokens(AdaptedLayer):
                 raise TargetError(
                     f"tokens of this {type(owner).__name__} can't be trained: {reason}."
                 )
+        self._start_rows(self, indices)
+        self.merged, self._kept, self.own_name = False, {}, name
+        self.set_active([(name, 1.0)])
+        for owner in owners:
+            become_holder(owner)
+            vars(owner)["_tied"] = (self,)
+        owners[0].add_module(TOKENS, self.train(owners[0].training))
+
+    def _start_rows(self, slot: AdapterSlot, indices: Sequence[int]) -> None:
+        """Give a slot the rows that the table has for these tokens."""
         weight = self.base_weight
         if weight.dim() != 2 or max(indices) >= weight.shape[0]:
             raise TargetError(
@@ -57,17 +75,26 @@ class TrainedTokens(AdaptedLayer):
                 hint="Resize the model's embeddings first.",
             )
         place = torch.tensor(indices, device=weight.device)
-        self.register_buffer("indices", place, persistent=False)
         rows = weight.detach()[place].to(adapter_dtype(weight.dtype), copy=True)
-        self.trainable_tokens_delta = nn.Parameter(rows)
-        self.scaling, self.dropout_p, self.merged, self._kept = 1.0, 0.0, False, {}
-        self._factor_names, self._start_names = ("trainable_tokens_delta",), ()
-        self.own_name = name
-        self.set_active([(name, 1.0)])
-        for owner in owners:
-            become_holder(owner)
-            vars(owner)["_tied"] = (self,)
-        owners[0].add_module(TOKENS, self.train(owners[0].training))
+        slot.register_buffer("indices", place, persistent=False)
+        slot.trainable_tokens_delta, slot.tokens = nn.Parameter(rows), tuple(indices)
+        slot.scaling, slot.dropout_p = 1.0, 0.0
+        slot._factor_names, slot._start_names = ("trainable_tokens_delta",), ()
+
+    def add_rows(self, name: str, indices: Sequence[int]) -> None:
+        """Put rows of a further adapter beside those that are there; they don't work yet.
+
+        Raises:
+            TargetError: A token is beyond the table.
+        """
+        slot = AdapterSlot()
+        self._start_rows(slot, indices)
+        self.put_beside(name, slot)
+
+    def take(self, other: AdapterSlot) -> Self:
+        """Become what ``other`` is, with its tokens."""
+        self.indices, self.tokens = other.get_buffer("indices"), other.tokens
+        return super().take(other)
 
     @property
     def owner(self) -> nn.Module:
@@ -76,7 +103,7 @@ class TrainedTokens(AdaptedLayer):
 
     @property
     def rank(self) -> int:
-        """The number of tokens."""
+        """The number of the first adapter's tokens."""
         return self.trainable_tokens_delta.shape[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -84,15 +111,22 @@ class TrainedTokens(AdaptedLayer):
         return self._with_rows() if self.has_branch else self.base_weight
 
     def _with_rows(self) -> Tensor:
-        weight, number = self.base_weight, sum(number for _, number in self.present())
-        rows = self.trainable_tokens_delta.to(weight.dtype)
-        if number != 1.0:  # of the way from the base's rows to these
-            rows = torch.lerp(weight[self.indices], rows, number)
-        return weight.index_copy(0, self.indices, rows)
+        table, weight = self.base_weight, self.base_weight
+        done: set[int] = set()
+        for slot, number in self.present():
+            place = slot.get_buffer("indices")
+            rows = slot.get_parameter("trainable_tokens_delta").to(weight.dtype)
+            if not done.isdisjoint(slot.tokens):  # the same tokens by several adapters
+                rows = table[place] + number * (rows - weight[place])
+            elif number != 1.0:  # of the way from the base's rows to these
+                rows = torch.lerp(weight[place], rows, number)
+            table = table.index_copy(0, place, rows)
+            done.update(slot.tokens)
+        return table
 
     def adapter_tensors(self) -> Mapping[str, Tensor]:
-        """Return the rows."""
-        return dict(self.adapter_parameters())
+        """Return the rows of the first adapter."""
+        return dict(self.trained())
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -64,8 +64,7 @@ def load_adapter(
         TargetError: A layer that it names cannot carry an adapter.
         AdapterStateError: The model's adapters are merged, or it has several and no name is given;
             or the file holds parameters of a base that is on the meta device.
-        ConfigError: The name cannot be used, or a further adapter holds parameters that are trained
-            whole.
+        ConfigError: The name cannot be used, or a further adapter holds trained biases.
     """
     checkpoint = read_adapter(path, allow_pickle=allow_pickle)
     inner = unwrap(model)

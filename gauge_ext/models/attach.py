@@ -56,8 +56,8 @@ def attach(
         AdapterStateError: There is an adapter of that name, or the adapters are merged, or only a
             part of the model has adapters.
         ConfigError: ``config`` is no :class:`LoRAConfig`, or the name cannot be used, or a further
-            adapter asks for parameters that are trained whole, or to be grouped; or
-            ``group_inputs`` is no sample of the model's inputs.
+            adapter asks for trained biases (``bias``), or to be grouped; or ``group_inputs`` is no
+            sample of the model's inputs.
     """
     if not isinstance(config, LoRAConfig):
         raise ConfigError(f"config must be a LoRAConfig, got a {type(config).__name__}.")
@@ -109,7 +109,7 @@ def put_on(
     trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     active = [(name, 1.0)] if before is None else active_pairs(model)
     if before is not None:
-        _require_low_rank(config)
+        _require_no_bias(config)
     fresh: list[AdaptedLayer] = []
     beside: list[AdaptedLayer] = []
     try:
@@ -133,7 +133,9 @@ def put_on(
                 fresh.append(adapt_parameter(holder, last, spec, name))
         taken = (*layers.values(), *parameters.values())
         chosen = whole.chosen(model, config, layers)
-        fresh += train_tokens(model, config, taken, chosen, name)
+        tokens, further_tokens = train_tokens(model, config, taken, chosen, name)
+        fresh += tokens
+        beside += further_tokens
         saved = whole.save_modules(model, config, name)
     except BaseException:
         for done in fresh:
@@ -165,18 +167,16 @@ def put_on(
     record(model, Attachment({name: config}, names, dict(skipped), trainable, switches, own_whole))
 
 
-def _require_low_rank(config: LoRAConfig) -> None:
-    """Refuse a further adapter that wants parameters of the base for itself."""
-    for field_name, plain in (
-        ("bias", "none"),
-        ("trainable_token_indices", None),
-    ):
-        if (value := getattr(config, field_name)) != plain:
-            raise ConfigError(
-                f"{field_name}={value!r} is for the first adapter on a model: what is trained "
-                "whole is in the base, which all adapters share.",
-                hint="Attach this one first, or use a copy of the model.",
-            )
+def _require_no_bias(config: LoRAConfig) -> None:
+    """Refuse a further adapter that wants biases of the base for itself."""
+    if config.bias != "none":
+        raise ConfigError(
+            f"bias={config.bias!r} is for the first adapter on a model: a trained bias stands in "
+            "the base, for all adapters that share it, so one adapter at most has any, as in PEFT.",
+            hint="Attach this one first and give the others bias='none', or name the modules in "
+            "modules_to_save, of which each adapter has copies of its own, or use a copy of the "
+            "model.",
+        )
 
 
 def detach(model: ModelT) -> ModelT:

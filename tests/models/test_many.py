@@ -325,9 +325,9 @@ def test_the_first_adapter_under_a_name_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"bias": "all"}, {"bias": "lora_only"}, {"trainable_token_indices": {"0": [1]}}],
+    [{"bias": "all"}, {"bias": "lora_only"}],
 )
-def test_biases_and_tokens_are_the_first_adapters(changes: dict[str, object]) -> None:
+def test_biases_are_the_first_adapters(changes: dict[str, object]) -> None:
     model = attach(bare(), CONFIGS["default"])
     expected = model(rows())
     special = LoRAConfig(rank=2, target_modules=["0", "2"], **changes)
