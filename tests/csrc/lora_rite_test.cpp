@@ -109,13 +109,13 @@ void check_first_step(int64_t rank, double tolerance) {
   check_moment(white_a, columns, moment_a);
   check_moment(white_b, rows, moment_b);
 
-  std::vector<double> identity(r * r), ones(r, 0.25);  // and the correction is 1/4
+  std::vector<double> quarter(r * r), identity(r * r);  // and the correction is 1/4
   for (int64_t i = 0; i < r; ++i) {
-    identity[i * r + i] = 1;
+    quarter[i * r + i] = 0.25;
   }
-  kernels.descend(layer, metric, step, turns,
-                  RiteMoment{moment_a.data(), ones.data(), identity.data()},
-                  RiteMoment{moment_b.data(), ones.data(), identity.data()});
+  REQUIRE(kernels.inverse_roots(quarter.data(), r, step, identity.data()));
+  kernels.descend(layer, metric, step, turns, RiteMoment{moment_a.data(), identity.data()},
+                  RiteMoment{moment_b.data(), identity.data()});
   CHECK(square_a == moment_a);
   CHECK(square_b == moment_b);
 
@@ -195,6 +195,74 @@ TEST_CASE("a first step and its moments are those of plain loops") {
     check_first_step<float>(rank, 1e-4);
     check_first_step<double>(rank, 1e-9);
   }
+}
+
+// (v̂^½ + ε) root is the identity; the root of v is told, as it was squared to v.
+void check_inverse_root(const std::vector<double>& half, int64_t r, double eps) {
+  std::vector<double> moment(r * r), root(r * r);
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j) {
+      for (int64_t k = 0; k < r; ++k) {
+        moment[i * r + j] += 0.25 * half[i * r + k] * half[k * r + j];
+      }
+    }
+  }
+  const FactorStep step = {0.1, 0.9, 2.0, 0.5, 0.75, eps, 0.5, 0.25, false};
+  REQUIRE(gauge_ext::rite_kernels<float>().inverse_roots(moment.data(), r, step, root.data()));
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j) {
+      double value = eps * root[i * r + j];
+      for (int64_t k = 0; k < r; ++k) {
+        value += half[i * r + k] * root[k * r + j];
+      }
+      CHECK_CLOSE(value, i == j ? 1 : 0, 1e-9);
+      CHECK(root[i * r + j] == root[j * r + i]);
+    }
+  }
+}
+
+TEST_CASE("inverse roots of matrices with tails, gaps, and eigenvalues that are many times there") {
+  for (const int64_t r : {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 97}) {
+    const auto x = random<double>(r * r, static_cast<unsigned>(r));
+    std::vector<double> full(r * r), blocks(r * r), close(r * r);
+    for (int64_t i = 0; i < r; ++i) {
+      for (int64_t j = 0; j < r; ++j) {
+        for (int64_t k = 0; k < r; ++k) {
+          full[i * r + j] += x[i * r + k] * x[j * r + k] / static_cast<double>(r);
+        }
+        close[i * r + j] = (i == j ? 1 : 0) + 1e-9 * (x[i * r + j] + x[j * r + i]);
+      }
+      full[i * r + i] += 0.1;
+      blocks[i * r + i] = i % 3 == 0 ? 1e-3 : 2;  // which no reflection changes
+    }
+    for (const double eps : {0.0, 0.5}) {
+      check_inverse_root(full, r, eps);
+      check_inverse_root(blocks, r, eps);
+      check_inverse_root(close, r, eps);
+    }
+  }
+}
+
+TEST_CASE("moments of no gradient have no inverse root, and those with NaN are refused") {
+  const int64_t r = 5;
+  std::vector<double> moment(r * r), root(r * r, 1.0);
+  const FactorStep step = {0.1, 0.9, 2.0, 0.5, 0.75, 0.0, 0.5, 0.25, false};
+  const auto& kernels = gauge_ext::rite_kernels<float>();
+  REQUIRE(kernels.inverse_roots(moment.data(), r, step, root.data()));
+  CHECK(root == moment);
+  for (const double tiny : {1e-305, 4.0}) {  // numbers whose squares would vanish
+    for (int64_t i = 0; i < r; ++i) {
+      for (int64_t j = 0; j < r; ++j) {
+        moment[i * r + j] = 0.25 * tiny * (i == j ? 2 : 1);  // eigenvalues r + 1 and 1
+      }
+    }
+    REQUIRE(kernels.inverse_roots(moment.data(), r, step, root.data()));
+    const double far = 1 / std::sqrt(r + 1.0), mean = (far - 1) / r;
+    CHECK_CLOSE(root[0] * std::sqrt(tiny), 1 + mean, 1e-12);
+    CHECK_CLOSE(root[1] * std::sqrt(tiny), mean, 1e-12);
+  }
+  moment[1] = moment[r] = NAN;
+  CHECK(!kernels.inverse_roots(moment.data(), r, step, root.data()));
 }
 
 TEST_CASE("a gradient that is not finite is said to be none") {

@@ -24,6 +24,10 @@ void dense_left_product(const acc_t* x,
   for (; j + kTriangleRows <= outer; j += kTriangleRows) {
     left_strip<kTriangleRows>(x, width, e + j, stride, 0, inner, j, out);
   }
+  if (j + 4 <= outer) {
+    left_strip<4>(x, width, e + j, stride, 0, inner, j, out);
+    j += 4;
+  }
   for (; j + 2 <= outer; j += 2) {
     left_strip<2>(x, width, e + j, stride, 0, inner, j, out);
   }

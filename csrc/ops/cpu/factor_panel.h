@@ -56,22 +56,30 @@ struct FactorVectors {
     }
     const int64_t width = range.width;
     const scalar_t* rows = data + range.first * rank;
-    int64_t k = 0;
-    for (; k + 4 <= rank; k += 4) {  // four at once: a vector's numbers lie far apart in a panel
-      acc_t* to = panel + k * width;
-      for (int64_t i = 0; i < range.count; ++i) {
-        const scalar_t* from = rows + i * rank + k;
-        to[i] = widen(from[0]);
-        to[width + i] = widen(from[1]);
-        to[2 * width + i] = widen(from[2]);
-        to[3 * width + i] = widen(from[3]);
+    for_each_block(range.count, [&](int64_t begin, int64_t end) {
+      int64_t k = 0;
+      for (; k + 4 <= rank; k += 4) {
+        acc_t* to = panel + k * width;
+        for (int64_t i = begin; i < end; ++i) {
+          const scalar_t* from = rows + i * rank + k;
+          to[i] = widen(from[0]);
+          to[width + i] = widen(from[1]);
+          to[2 * width + i] = widen(from[2]);
+          to[3 * width + i] = widen(from[3]);
+        }
       }
-    }
-    for (; k < rank; ++k) {
-      for (int64_t i = 0; i < range.count; ++i) {
-        panel[k * width + i] = widen(rows[i * rank + k]);
+      for (; k < rank; ++k) {
+        for (int64_t i = begin; i < end; ++i) {
+          panel[k * width + i] = widen(rows[i * rank + k]);
+        }
       }
-    }
+    });
+  }
+
+  // Fetches what the panel after this one has in the place of (k, c), or as much of other columns.
+  void prefetch_next(const PanelRange& range, int64_t k, int64_t c) const {
+    const int64_t next = range.first + range.count;
+    prefetch(in_rows ? data + next * rank + k * range.width + c : data + k * length + next + c);
   }
 
   void write(const PanelRange& range, const acc_t* panel) const {
@@ -87,26 +95,39 @@ struct FactorVectors {
     }
     const int64_t width = range.width;
     scalar_t* rows = data + range.first * rank;
-    int64_t k = 0;
-    for (; k + 4 <= rank; k += 4) {
-      const acc_t* from = panel + k * width;
-      for (int64_t i = 0; i < range.count; ++i) {
-        scalar_t* to = rows + i * rank + k;
-        to[0] = narrow<scalar_t>(from[i]);
-        to[1] = narrow<scalar_t>(from[width + i]);
-        to[2] = narrow<scalar_t>(from[2 * width + i]);
-        to[3] = narrow<scalar_t>(from[3 * width + i]);
+    for_each_block(range.count, [&](int64_t begin, int64_t end) {
+      int64_t k = 0;
+      for (; k + 4 <= rank; k += 4) {
+        const acc_t* from = panel + k * width;
+        for (int64_t i = begin; i < end; ++i) {
+          scalar_t* to = rows + i * rank + k;
+          to[0] = narrow<scalar_t>(from[i]);
+          to[1] = narrow<scalar_t>(from[width + i]);
+          to[2] = narrow<scalar_t>(from[2 * width + i]);
+          to[3] = narrow<scalar_t>(from[3 * width + i]);
+        }
       }
-    }
-    for (; k < rank; ++k) {
-      for (int64_t i = 0; i < range.count; ++i) {
-        rows[i * rank + k] = narrow<scalar_t>(panel[k * width + i]);
+      for (; k < rank; ++k) {
+        for (int64_t i = begin; i < end; ++i) {
+          rows[i * rank + k] = narrow<scalar_t>(panel[k * width + i]);
+        }
       }
+    });
+  }
+
+ private:
+  // Vectors that fill a cache line of each row of a panel: the factor's rows are then read one
+  // after the other, and a panel's lines once.
+  template <typename F>
+  static void for_each_block(int64_t count, const F& body) {
+    constexpr int64_t kBlock = 64 / static_cast<int64_t>(sizeof(acc_t));
+    for (int64_t begin = 0; begin < count; begin += kBlock) {
+      body(begin, std::min(begin + kBlock, count));
     }
   }
 };
 
-// Rows of a kept (rank, length) matrix from or to a panel
+// Rows of a kept (rank, length) matrix to a panel
 template <typename acc_t>
 void read_kept(const acc_t* kept, int64_t length, int64_t rank, const PanelRange& p, acc_t* panel) {
   for (int64_t k = 0; k < rank; ++k) {
@@ -116,15 +137,23 @@ void read_kept(const acc_t* kept, int64_t length, int64_t rank, const PanelRange
   clear_columns(panel, rank, p);
 }
 
+// One vector of a panel to where its columns are kept
 template <typename acc_t>
-void write_kept(const acc_t* panel,
-                int64_t rank,
-                const PanelRange& p,
-                int64_t length,
-                acc_t* kept) {
-  for (int64_t k = 0; k < rank; ++k) {
-    const acc_t* from = panel + k * p.width;
-    std::copy(from, from + p.count, kept + k * length + p.first);
+inline GAUGE_EXT_INLINE void store_kept(const Vec<acc_t>& value,
+                                        int64_t k,
+                                        int64_t c,
+                                        const PanelRange& p,
+                                        int64_t length,
+                                        acc_t* kept) {
+  acc_t* to = kept + k * length + p.first + c;
+  if (c + kWidth<acc_t> <= p.count) {
+    store<acc_t>(to, value);
+    return;
+  }
+  acc_t lanes[kWidth<acc_t>];
+  store<acc_t>(lanes, value);
+  for (int64_t lane = 0; lane < kWidth<acc_t> && c + lane < p.count; ++lane) {
+    to[lane] = lanes[lane];
   }
 }
 

@@ -67,13 +67,6 @@ inline GAUGE_EXT_INLINE void move(scalar_t* x, int64_t count, acc_t keep, const 
   }
 }
 
-// A piece's numbers come a cache line at a time while others are computed: rows of a factor's piece
-// lie too far apart, or are too short, for the hardware to see them coming.
-template <typename T>
-inline GAUGE_EXT_INLINE void prefetch(const T* from) {
-  __builtin_prefetch(from, 0, 2);
-}
-
 template <StepRule RULE, typename scalar_t, typename acc_t = typename AccOf<scalar_t>::type>
 void descend_rows(const FactorLayer<scalar_t>& layer,
                   const Factor<acc_t>& e,

@@ -1,13 +1,9 @@
 #include "ops/cpu/lora_rite.h"
 
 #include <atomic>
-#include <map>
-#include <tuple>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/linalg_eigh.h>
 
 #include "ops/cpu/capability.h"
 #include "ops/cpu/factor_call.h"
@@ -41,54 +37,15 @@ const RiteKernels<BFloat16Bits>& rite_kernels<BFloat16Bits>() {
 
 namespace {
 
-using at::Tensor;
+// What the first pass finds of a layer: of lora_A's gradients (0) and lora_B's (1) the second
+// moments and their inverse roots
+struct Found {
+  RiteTurns turns;
+  double* squares;
+  int64_t size;
 
-// The second moments of all layers, two each, those of one rank together for their eigenvectors.
-class Moments {
- public:
-  template <typename scalar_t>
-  explicit Moments(const std::vector<FactorLayer<scalar_t>>& layers) {
-    for (const auto& layer : layers) {
-      Batch& batch = batches_[layer.rank];
-      places_.push_back({&batch, batch.count});
-      batch.count += 2;
-    }
-    for (auto& [rank, batch] : batches_) {
-      batch.rank = rank;
-      batch.values = at::empty({batch.count, rank, rank}, at::kDouble);
-      batch.data = batch.values.template mutable_data_ptr<double>();
-    }
-  }
-
-  // Those of lora_A's gradients (0) or lora_B's (1)
-  double* of(int64_t layer, int64_t factor) const {
-    const auto [batch, first] = places_[layer];
-    return batch->data + (first + factor) * batch->rank * batch->rank;
-  }
-
-  void diagonalize() {
-    for (auto& [rank, batch] : batches_) {
-      auto [eigenvalues, eigenvectors] = at::linalg_eigh(batch.values);
-      batch.eigenvalues = eigenvalues.contiguous();
-      batch.eigenvectors = eigenvectors.mT().contiguous();
-    }
-  }
-
-  RiteMoment moment(int64_t layer, int64_t factor) const {
-    const auto [batch, first] = places_[layer];
-    const int64_t at = first + factor, rank = batch->rank;
-    return {of(layer, factor), batch->eigenvalues.const_data_ptr<double>() + at * rank,
-            batch->eigenvectors.const_data_ptr<double>() + at * rank * rank};
-  }
-
- private:
-  struct Batch {
-    int64_t rank = 0, count = 0;
-    Tensor values, eigenvalues, eigenvectors;
-    double* data = nullptr;
-  };
-  std::map<int64_t, Batch> batches_;  // whose elements stay where they are
-  std::vector<std::pair<const Batch*, int64_t>> places_;
+  double* moment(int factor) const { return squares + 2 * factor * size; }
+  double* root(int factor) const { return squares + (2 * factor + 1) * size; }
 };
 
 template <typename scalar_t>
@@ -114,23 +71,25 @@ void lora_rite_step(const FactorCall& call, const std::vector<FactorStep>& steps
     const auto layers = with_state(factors, call);
     const auto& kernels = rite_kernels<scalar_t>();
     const Whitening whitening(factors, call.damping);
-    Moments moments(factors);
     std::vector<int64_t> starts;
     int64_t total = 0;
     for (const auto& layer : factors) {
       starts.push_back(total);
-      total += 3 * rite_square(layer.rank);
+      total += 3 * rite_square(layer.rank) + 4 * layer.rank * layer.rank;
     }
     const Buffer<double> memory(total);
-    const auto turns = [&](int64_t i) {
-      const int64_t size = rite_square(factors[i].rank);
+    const auto found = [&](int64_t i) {
+      const int64_t rank = factors[i].rank, size = rite_square(rank);
       double* first = memory.data() + starts[i];
-      return RiteTurns{first, first + size, first + 2 * size};
+      return Found{{first, first + size, first + 2 * size}, first + 3 * size, rank * rank};
     };
     std::atomic<int64_t> refused = -1;
     whitening.for_each([&](int64_t i, const FactorMetric& metric) {
-      if (!kernels.measure(layers[i], metric, steps[i], turns(i), moments.of(i, 0),
-                           moments.of(i, 1))) {
+      const Found f = found(i);
+      const int64_t rank = factors[i].rank;
+      if (!kernels.measure(layers[i], metric, steps[i], f.turns, f.moment(0), f.moment(1)) ||
+          !kernels.inverse_roots(f.moment(0), rank, steps[i], f.root(0)) ||
+          !kernels.inverse_roots(f.moment(1), rank, steps[i], f.root(1))) {
         refused = i;
       }
     });
@@ -138,10 +97,10 @@ void lora_rite_step(const FactorCall& call, const std::vector<FactorStep>& steps
     TORCH_CHECK(refused < 0, "pair ", refused.load(),
                 ": grad_A or grad_B holds NaN or infinity, of which there are no second moments. "
                 "Leave such a step out, as torch.amp.GradScaler does");
-    moments.diagonalize();
     whitening.for_each([&](int64_t i, const FactorMetric& metric) {
-      kernels.descend(layers[i], metric, steps[i], turns(i), moments.moment(i, 0),
-                      moments.moment(i, 1));
+      const Found f = found(i);
+      kernels.descend(layers[i], metric, steps[i], f.turns, {f.moment(0), f.root(0)},
+                      {f.moment(1), f.root(1)});
     });
   });
 }

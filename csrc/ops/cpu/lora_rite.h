@@ -3,8 +3,8 @@
 // LoRA-RITE's step for one layer, free of torch; gauge_ext/ops/lora_rite.py has the formula. With
 // E_A and E_M of factor_step.h the frames are F_A = E_Aᵀ A and F_B = (B E_M)ᵀ, B effective. Those
 // of the last step are kept, and so are the moments, as panels of one vector of the factor in a
-// column. A step has two passes over the factors, between which torch diagonalizes the second
-// moments of all layers.
+// column. A step has two passes over the layers: the first finds all that can be refused, the
+// second writes.
 
 #include <cstdint>
 
@@ -35,11 +35,10 @@ inline int64_t rite_square(int64_t rank) {
   return rank * ((rank + 15) / 16 * 16);  // rows of whole vectors of any instruction set
 }
 
-// The second moments of one factor's gradients, with eigenvectors as rows
+// The second moments v of one factor's gradients, (rank, rank), and (v̂^½ + ε)⁻¹
 struct RiteMoment {
-  const double* value;  // (rank, rank)
-  const double* eigenvalues;
-  const double* eigenvectors;
+  const double* value;
+  const double* root;
 };
 
 template <typename scalar_t>
@@ -52,6 +51,9 @@ struct RiteKernels {
                   const RiteTurns& turns,
                   double* moment_A,
                   double* moment_B);
+
+  // Writes (v̂^½ + ε)⁻¹ for v, (rank, rank) both; false where its eigenvalues do not converge.
+  bool (*inverse_roots)(const double* moment, int64_t rank, const FactorStep& step, double* root);
 
   // Moves the factors and writes the state.
   void (*descend)(const RiteLayer<scalar_t>& layer,

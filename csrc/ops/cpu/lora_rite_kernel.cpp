@@ -8,6 +8,7 @@
 #include "ops/cpu/factor_gram.h"
 #include "ops/cpu/factor_panel.h"
 #include "ops/cpu/squares.h"
+#include "ops/cpu/symmetric_eigen.h"
 
 namespace gauge_ext {
 namespace {
@@ -62,19 +63,20 @@ Side<scalar_t> side_B(const RiteLayer<scalar_t>& l, const FactorMetric& m, const
           f.anchor_B ? t.rest : nullptr};
 }
 
-constexpr int64_t kPanelBytesOfSide = 24 * 1024;  // of five panels, in the second-level cache
+constexpr int64_t kStepBytes = 24 * 1024;  // of each of five panels, in the second-level cache
+constexpr int64_t kTurnBytes = 64 * 1024;  // of each of two: sums over few columns cost more each
 
 template <typename acc_t>
-int64_t columns_of_panel(int64_t rank) {
+int64_t columns_of_panel(int64_t rank, int64_t bytes) {
   constexpr int64_t kUnit = kTriangleVectors * kWidth<acc_t>;
-  const int64_t fitting = kPanelBytesOfSide / (rank * static_cast<int64_t>(sizeof(acc_t)));
+  const int64_t fitting = bytes / (rank * static_cast<int64_t>(sizeof(acc_t)));
   return std::clamp<int64_t>(fitting / kUnit * kUnit, kUnit, 512);
 }
 
 // body(range) for the panels of a side
 template <typename acc_t, typename F>
-void for_each_range(int64_t length, int64_t rank, const F& body) {
-  for_each_piece(length, columns_of_panel<acc_t>(rank), [&](int64_t first, int64_t count) {
+void for_each_range(int64_t length, int64_t columns, const F& body) {
+  for_each_piece(length, columns, [&](int64_t first, int64_t count) {
     body(PanelRange{first, count, panel_width<acc_t>(count)});
   });
 }
@@ -87,11 +89,12 @@ void measure_turn(const Side<scalar_t>& side,
                   double* sum) {
   const int64_t r = side.factor.rank, rows = (r + 3) / 4 * 4;
   static thread_local Scratch<acc_t> scratch;
-  const int64_t room = rows * columns_of_panel<acc_t>(r);
+  const int64_t columns = columns_of_panel<acc_t>(r, kTurnBytes);
+  const int64_t room = rows * columns;
   acc_t* x = scratch.reserve(2 * room);
   acc_t* old = x + room;
   squares.clear(sum);
-  for_each_range<acc_t>(side.factor.length, r, [&](const PanelRange& p) {
+  for_each_range<acc_t>(side.factor.length, columns, [&](const PanelRange& p) {
     side.factor.read(p, x);
     read_kept(side.frame, side.factor.length, r, p, old);
     std::fill(x + r * p.width, x + rows * p.width, acc_t(0));
@@ -101,7 +104,7 @@ void measure_turn(const Side<scalar_t>& side,
   for (int64_t i = 0; i < squares.size(); ++i) {
     sum[i] *= side.effective;
   }
-  squares.product(sum, e, side.own_turn);
+  squares.product(sum, e, side.own_turn, Shape::kDense, Shape::kUpper);
 }
 
 // The new second moments of a side's gradients, without gaps; false where they are not finite
@@ -133,10 +136,10 @@ bool measure_moment(const Side<scalar_t>& side,
   }
   squares.read(moment, fresh);
   if constexpr (!kFirst) {
-    squares.congruence(e, fresh, room);
+    squares.congruence(e, Shape::kUpper, fresh, room);
   }
   squares.read(side.moment, carried);
-  squares.congruence(side.turn, carried, room);
+  squares.congruence(side.turn, Shape::kDense, carried, room);
   const double units = step.grad_scale / side.effective;
   const double weight = (1 - step.second) * units * units / static_cast<double>(side.grad.length);
   double check = 0;  // NaN unless all are finite
@@ -171,7 +174,8 @@ bool measure(const RiteLayer<scalar_t>& layer,
   measure_turn(of_B, squares, e_m, work);
   // The frame that is not the anchor's goes on along the anchor's, for the damping: Kᵀ P K_old
   const bool anchor_B = layer.factors.anchor_B;
-  squares.product(anchor_B ? e_m : e_a, anchor_B ? e_a : e_m, turns.rest);
+  squares.product(anchor_B ? e_m : e_a, anchor_B ? e_a : e_m, turns.rest, Shape::kUpper,
+                  Shape::kUpper);
   for (int64_t i = 0; i < size; ++i) {
     turns.rest[i] *= metric.root_damping;
   }
@@ -185,23 +189,33 @@ bool measure(const RiteLayer<scalar_t>& layer,
   return finite_A && finite_B;
 }
 
-// (v̂^½ + ε)⁻¹ from the eigenvectors, as rows
-void inverse_roots(const RiteMoment& moment,
-                   const Squares& squares,
-                   const FactorStep& step,
-                   int64_t r,
-                   double* work,
-                   double* root) {
-  double* scaled = work + squares.size();
-  squares.read(moment.eigenvectors, work);
-  const double largest = moment.eigenvalues[r - 1];
+// (v̂^½ + ε)⁻¹ by the eigenvectors of v: Zᵀ Z, whose rows are the eigenvectors times the roots
+bool inverse_roots(const double* moment, int64_t r, const FactorStep& step, double* root) {
+  const Squares squares(r);
+  const int64_t size = squares.size(), stride = squares.stride();
+  static thread_local Scratch<double> scratch;
+  double* matrix = scratch.reserve(2 * size + 4 * stride);
+  double* vectors = matrix + size;
+  double* values = vectors + size;
+  squares.read(moment, matrix);
+  if (!symmetric_eigen(matrix, r, stride, values, vectors, values + stride)) {
+    return false;
+  }
+  const double largest = *std::max_element(values, values + r);
   for (int64_t i = 0; i < r; ++i) {
-    const double factor = inverse_root(moment.eigenvalues[i], largest, step);
-    for (int64_t j = 0; j < squares.stride(); ++j) {
-      scaled[i * squares.stride() + j] = factor * work[i * squares.stride() + j];
+    const double factor = square_root(inverse_root(values[i], largest, step));
+    for (int64_t j = 0; j < r; ++j) {
+      vectors[i * stride + j] *= factor;
     }
   }
-  squares.product(work, scaled, root);
+  std::fill(root, root + r * r, 0.0);
+  add_gram(vectors, r, r, stride, root);
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < i; ++j) {
+      root[i * r + j] = root[j * r + i];
+    }
+  }
+  return true;
 }
 
 template <typename scalar_t>
@@ -217,24 +231,24 @@ void descend_side(const Side<scalar_t>& side, const FactorStep& step, const Rite
   double* work = blended + size;
   squares.read(side.other, work);
   squares.transpose(work, transposed);
-  inverse_roots(moment, squares, step, r, work, root);
-  squares.product(transposed, root, blended);
+  squares.read(moment.root, root);
+  squares.product(transposed, root, blended, Shape::kLower);
   if (side.rest != nullptr) {  // the step is E (I - Kᵀ K) q
-    squares.product(side.rest, side.rest, work);
-    squares.product(work, transposed, root);
+    squares.symmetric_product(side.rest, side.rest, work);
+    squares.product(work, transposed, root, Shape::kDense, Shape::kLower);
     squares.add(root, -1, transposed);
   }
 
   static thread_local Scratch<acc_t> scratch;
-  const int64_t room = r * columns_of_panel<acc_t>(r);
+  const int64_t columns = columns_of_panel<acc_t>(r, kStepBytes);
+  const int64_t room = r * columns;
   acc_t* into =
-      scratch.reserve(4 * r * r + 5 * room);  // (2 r, r): of the old average, the gradient
+      scratch.reserve(4 * r * r + 4 * room);  // (2 r, r): of the old average, the gradient
   acc_t* back = into + 2 * r * r;
   acc_t* own = back + r * r;
   acc_t* panels = own + r * r;  // the old average and the gradient, below it
   acc_t* average = panels + 2 * room;
   acc_t* x = average + room;
-  acc_t* frame = x + room;
   const double fresh = (1 - step.average) * step.grad_scale / side.effective;
   for (int64_t i = 0; i < r; ++i) {
     for (int64_t j = 0; j < r; ++j) {
@@ -246,15 +260,24 @@ void descend_side(const Side<scalar_t>& side, const FactorStep& step, const Rite
   }
   const auto keep = static_cast<acc_t>(step.keep);
   const auto rate = static_cast<acc_t>(step.lr / (step.correction1 * side.effective));
-  for_each_range<acc_t>(length, r, [&](const PanelRange& p) {
+  for_each_range<acc_t>(length, columns, [&](const PanelRange& p) {
     read_kept(side.avg, length, r, p, panels);
     side.grad.read(p, panels + r * p.width);
     side.factor.read(p, x);
-    dense_left_product(panels, p.width, into, 2 * r, r, r, StoreTo<acc_t>{average, p.width});
-    write_kept(average, r, p, length, side.avg);
-    left_product(x, p.width, own, r, r, Triangle::kUpper, StoreTo<acc_t>{frame, p.width});
-    write_kept(frame, r, p, length, side.frame);
+    const auto keep_average = [&](int64_t k, int64_t c, const Vec<acc_t>& value) GAUGE_EXT_INLINE {
+      prefetch(side.frame + k * length + p.first + c);
+      prefetch(side.avg + k * length + p.first + p.count + c);
+      store<acc_t>(average + k * p.width + c, value);
+      store_kept(value, k, c, p, length, side.avg);
+    };
+    const auto keep_frame = [&](int64_t k, int64_t c, const Vec<acc_t>& value) GAUGE_EXT_INLINE {
+      side.grad.prefetch_next(p, k, c);
+      store_kept(value, k, c, p, length, side.frame);
+    };
+    dense_left_product(panels, p.width, into, 2 * r, r, r, keep_average);
+    left_product(x, p.width, own, r, r, Triangle::kUpper, keep_frame);
     const auto move = [&](int64_t k, int64_t c, const Vec<acc_t>& value) GAUGE_EXT_INLINE {
+      side.factor.prefetch_next(p, k, c);
       acc_t* to = x + k * p.width + c;
       store<acc_t>(to, keep * load<acc_t>(to) - rate * value);
     };
@@ -282,7 +305,7 @@ void descend(const RiteLayer<scalar_t>& layer,
 
 template <typename scalar_t>
 constexpr RiteKernels<scalar_t> table() {
-  return {&measure<scalar_t>, &descend<scalar_t>};
+  return {&measure<scalar_t>, &inverse_roots, &descend<scalar_t>};
 }
 
 }  // namespace

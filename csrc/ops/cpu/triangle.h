@@ -155,6 +155,10 @@ void left_product(const acc_t* x,
     left_strip<kTriangleRows>(x, width, e + j, stride, upper ? 0 : j,
                               upper ? j + kTriangleRows : rank, j, out);
   }
+  if (j + 4 <= rank) {
+    left_strip<4>(x, width, e + j, stride, upper ? 0 : j, upper ? j + 4 : rank, j, out);
+    j += 4;
+  }
   for (; j + 2 <= rank; j += 2) {
     left_strip<2>(x, width, e + j, stride, upper ? 0 : j, upper ? j + 2 : rank, j, out);
   }

@@ -71,6 +71,13 @@ inline GAUGE_EXT_INLINE void repeat(const F& body) {
   repeat_each(std::make_integer_sequence<int, COUNT>(), body);
 }
 
+// A piece's numbers come a cache line at a time while others are computed: rows of a factor's piece
+// lie too far apart, or are too short, for the hardware to see them coming.
+template <typename T>
+inline GAUGE_EXT_INLINE void prefetch(const T* from) {
+  __builtin_prefetch(from, 0, 2);
+}
+
 // Zeros in the accumulators of a tile, register by register: `= {}` fills an array in memory.
 template <typename V, int ROWS, int VECTORS>
 inline GAUGE_EXT_INLINE void set_zero(V (&tile)[ROWS][VECTORS]) {
