@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from gauge_ext.errors import ConfigError, ExportError
 from gauge_ext.export import export_onnx
 from gauge_ext.export.proof.browser import Browser, Server
+from gauge_ext.export.proof.prove import prove
 from gauge_ext.export.proof.runtimes import RUNTIMES, missing, node_modules, open_runtime
+from gauge_ext.export.proof.subject import Subject
 from gauge_ext.export.validate import validate_onnx
 
 
@@ -83,6 +85,22 @@ def test_a_wrong_model_is_found(name, mixed):
         other.linear.bias += 0.01
     with open_runtime(name, path) as runtime:
         assert not validate_onnx(path, other, inputs, runtime=runtime).passed
+
+
+def test_every_runtime_is_timed_in_turns(name, mixed):
+    model, inputs, path = mixed
+    runtimes = dict.fromkeys(("onnxruntime", name))
+    proof = prove(path, [Subject(path, model, inputs)], runtimes=list(runtimes), latency=0.01)
+    assert proof.passed, proof.failures
+    assert [row.batch for row in proof.latencies] == [1, 8]
+    for row in proof.latencies:
+        assert list(row.seconds) == ["torch", *runtimes]
+        assert all(0 < seconds < 60 for seconds in row.seconds.values())
+    # In another process it is the runtime's own clock, without the way there and back.
+    feeds = dict(zip(("ids", "keep", "x"), (t.numpy() for t in inputs), strict=True))
+    with open_runtime(name, path) as runtime:
+        runtime.run(["hidden"], feeds)
+        assert (runtime.seconds is not None) == name.startswith("onnxruntime-")
 
 
 def test_a_file_that_is_no_graph(name, tmp_path):
