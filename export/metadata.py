@@ -61,6 +61,9 @@ def provenance(model: nn.Module, extra: Mapping[str, str] | None = None) -> dict
         - ``adapted_layers``: JSON, path -> {"rank", "scaling"}, in lists where there are several
           adapters; only with an adapter
 
+    No gauge is among them: ``W + scaling * lora_B @ lora_A`` is the same in each, and a graph with
+    inputs for adapters holds none. The file of an adapter says ``gauges``, for each layer.
+
     Raises:
         ConfigError: a key of ``extra`` is one of these, or something is not text.
     """

@@ -51,6 +51,9 @@ def provenance(
     For a folder, every file, and what each graph says of its precision, base and adapter, is
     compared with the manifest, gauge_ext.json. Exits with status 1 when something is not what the
     file says.
+
+    A gauge is told of adapters' files (.safetensors), whose factors are in one. A merged graph has
+    none: the merged weights are the same in every gauge.
     """
     with working("reading"):
         from gauge_ext.export.provenance import check_provenance, read_provenance
