@@ -99,7 +99,7 @@ def read_provenance(path: str | Path) -> Provenance:
     path = Path(path)
     if path.is_file():
         adapter = path.suffix in {SUFFIX, TENSORS}
-        said = read_origin(path) if adapter else _metadata(path)
+        said = _whole(path, read_origin(path) if adapter else _metadata(path))
         return Provenance(path, {path.name: said}, ())
     if not path.is_dir():
         raise ConfigError(f"there is no file or folder {path}.", hint="Give an exported file.")
@@ -120,7 +120,7 @@ def read_provenance(path: str | Path) -> Provenance:
         file = path / name
         checks.append(Check(name, claimed, file_sha256(file) if file.is_file() else None))
     names = sorted(name for name in claims if name.endswith(".onnx") and (path / name).is_file())
-    graphs = {name: _metadata(path / name) for name in names}
+    graphs = {name: _whole(path / name, _metadata(path / name)) for name in names}
     for name, origin in origins.items():
         found = origin_of(graphs[name]) if name in graphs else {}
         checks += [
@@ -163,6 +163,18 @@ def check_provenance(
     return Provenance(said.path, said.graphs, tuple(checks))
 
 
+def _whole(path: Path, said: dict[str, str]) -> dict[str, str]:
+    """What a file says, with its JSON checked."""
+    for key in _REST.intersection(said):
+        try:
+            json.loads(said[key])
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} is damaged: what it says of {PREFIX}{key} is no JSON: {error}."
+            ) from error
+    return said
+
+
 def _metadata(path: Path) -> dict[str, str]:
     require_packages("onnx")
     import onnx
@@ -173,6 +185,9 @@ def _metadata(path: Path) -> dict[str, str]:
     except (OSError, DecodeError) as error:
         raise ConfigError(f"{path} is not an ONNX file: {error}.") from error
     found: Mapping[str, str] = {entry.key: entry.value for entry in model.metadata_props}
+    # protobuf gives bytes for what is no UTF-8.
+    if not all(isinstance(text, str) for entry in found.items() for text in entry):
+        raise ConfigError(f"{path} is not an ONNX file: its metadata is no text.")
     said = {
         key.removeprefix(PREFIX): value for key, value in found.items() if key.startswith(PREFIX)
     }

@@ -41,6 +41,9 @@ def open_session(
         options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        # Names that are no text are found here, and not by whoever asks for them first.
+        _ = session.get_modelmeta().custom_metadata_map
+        _ = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
     # onnxruntime's exceptions have no common base but Exception. They are raised on with their
     # words, which name the file that was run; in an export it is a draft that is gone by now.
     except Exception as error:

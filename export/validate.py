@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext.errors import ConfigError, ValidationError
+from gauge_ext.export.adapters.declared import session_table
 from gauge_ext.export.adapters.feeds import adapter_feeds
-from gauge_ext.export.adapters.table import AdapterTable
 from gauge_ext.export.checks import require_count, require_packages
 from gauge_ext.export.compare import compare
 from gauge_ext.export.metadata import read_bounds
@@ -172,7 +172,7 @@ def validate_onnx(
 
 def fixed_feeds(session: Any, model: nn.Module) -> dict[str, Any]:
     """What a graph with inputs for adapters is fed, beside what the model is called with."""
-    table = AdapterTable.from_metadata(session.get_modelmeta().custom_metadata_map)
+    table = session_table(session)
     return {} if table is None else dict(adapter_feeds(table, model))
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gauge_ext._version import __version__
 from gauge_ext.errors import AdapterMismatchError, ConfigError
+from gauge_ext.export.adapters.declared import model_table
 from gauge_ext.export.adapters.gauges import GAUGES, AdapterGauge, Factors, choose_gauge
 from gauge_ext.export.adapters.read import PREFIX, SUFFIX, TENSORS, VERSION_KEY
 from gauge_ext.export.adapters.table import AdapterTable, Arrays
@@ -199,7 +200,7 @@ def find_table(graph: Path) -> AdapterTable | None:
         model = onnx.load(str(graph), format="protobuf", load_external_data=False)
     except (OSError, DecodeError) as error:
         raise ConfigError(f"{graph} is not a whole ONNX file: {error}.") from error
-    return AdapterTable.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+    return model_table(model)
 
 
 def effective_factors(

@@ -106,9 +106,10 @@ def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, str]]:
             said = file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterFormatError(f"{path} is damaged or no safetensors file: {error}.") from error
-    if VERSION_KEY not in said:
+    if not said.get(VERSION_KEY, "").isdecimal():
+        found = f": its {VERSION_KEY} is {said[VERSION_KEY]!r}" if VERSION_KEY in said else ""
         raise AdapterFormatError(
-            f"{path} was not written for a graph.",
+            f"{path} was not written for a graph{found}.",
             hint="Give the adapter's folder, or write it for this graph: gauge-ext onnx-adapter.",
         )
     return arrays, said

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gauge_ext.errors import ConfigError, ExportError
+from gauge_ext.export.adapters.declared import session_table
 from gauge_ext.export.adapters.mix import mix
 from gauge_ext.export.adapters.table import AdapterTable, Arrays
 from gauge_ext.export.session import CPU, open_session
@@ -62,7 +63,7 @@ class AdapterSession:
             what = str(graph)
         else:
             session, what = graph, "the graph of this session"
-        table = AdapterTable.from_metadata(session.get_modelmeta().custom_metadata_map)
+        table = session_table(session)
         if table is None:
             raise ConfigError(
                 f"{what} has no adapter inputs.",

@@ -30,6 +30,7 @@ AdapterForm = Literal["optional", "required"]
 Arrays = dict[str, NDArray[Any]]
 
 FORMS: tuple[AdapterForm, ...] = get_args(AdapterForm)
+_LARGEST = 2**31  # beyond it no layer has features, and no array would fit
 METADATA_KEY = "gauge_ext.adapter_inputs"
 
 _STORED: dict[AdapterPrecision, np.dtype[Any]] = {name: np.dtype(name) for name in PRECISIONS}
@@ -173,6 +174,9 @@ class AdapterTable:
                 )
                 for module, entry in said["layers"].items()
             }
+            for entry in inputs.values():
+                if not (0 < entry.in_features < _LARGEST and 0 < entry.out_features < _LARGEST):
+                    raise ValueError(f"{entry.in_features} and {entry.out_features} features")
             form, precision = said["form"], said["precision"]
             if form not in FORMS or precision not in PRECISIONS:
                 raise ValueError(f"form {form!r}, precision {precision!r}")

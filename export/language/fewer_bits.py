@@ -6,8 +6,9 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from gauge_ext.export.adapters.declared import session_table
 from gauge_ext.export.adapters.feeds import feeds_by_case
-from gauge_ext.export.adapters.table import AdapterTable, Arrays
+from gauge_ext.export.adapters.table import Arrays
 from gauge_ext.export.language.calibration import Calibration
 from gauge_ext.export.metadata import read_bounds
 from gauge_ext.export.precision.quantize import Cases, quantize_in_place
@@ -44,7 +45,7 @@ def quantize_graph(
     """
     path = subject.path
     metadata = (session := open_session(path)[0]).get_modelmeta().custom_metadata_map
-    table = AdapterTable.from_metadata(metadata)
+    table = session_table(session)
     more: dict[str, Arrays] = {"": {}}
     if table is not None:
         more = feeds_by_case(table, subject.module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from gauge_ext.errors import ConfigError
 from gauge_ext.export.language.choose import Ids
+from gauge_ext.export.language.sampling import read_settings
 
 
 def start_token(folder: Path) -> int:
@@ -21,7 +21,7 @@ def start_token(folder: Path) -> int:
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8")).get("decoder_start_token_id")
+            found = read_settings(path).get("decoder_start_token_id")
             if isinstance(found, int):
                 return found
     raise ConfigError(

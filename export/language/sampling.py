@@ -92,13 +92,7 @@ class Sampling:
         Raises:
             ConfigError: it cannot be read, or asks for what this loop does not do.
         """
-        if not path.exists():
-            return cls()
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}.") from error
-        return cls().updated(found, where=str(path))
+        return cls().updated(read_settings(path), where=str(path)) if path.exists() else cls()
 
     def updated(self, options: Mapping[str, Any], *, where: str = "generate") -> Sampling:
         """A copy with other values.
@@ -132,6 +126,21 @@ class Sampling:
         defaults = Sampling()
         filled = {n: getattr(defaults, n) if v is None else v for n, v in given.items()}
         return replace(self, **filled)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A file of settings of transformers.
+
+    Raises:
+        ConfigError: it cannot be read, or is no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} must hold a JSON object, got {type(found).__name__}.")
+    return found
 
 
 def _token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -11,20 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gauge_ext.export.adapters.table import AdapterTable
+from gauge_ext.export.adapters.declared import model_table
 
 if TYPE_CHECKING:
     import onnx
 
 
-def table_of(model: onnx.ModelProto) -> AdapterTable | None:
-    """The table of a graph's adapter inputs; None where it has none."""
-    return AdapterTable.from_metadata({entry.key: entry.value for entry in model.metadata_props})
-
-
 def adapter_nodes(model: onnx.ModelProto) -> set[str]:
     """Names of the nodes that take factors, or factors that were made wider."""
-    table = table_of(model)
+    table = model_table(model)
     factors = set() if table is None else set(table.shapes)
     found = set()
     for node in model.graph.node:  # sorted: what widens comes before what uses it
@@ -44,7 +39,7 @@ def closed(model: onnx.ModelProto) -> Iterator[Callable[[onnx.ModelProto], None]
     """
     import onnx
 
-    table = table_of(model)
+    table = model_table(model)
     names = set() if table is None else set(table.shapes)
     graph = model.graph
     inputs = [value for value in graph.input if value.name in names]

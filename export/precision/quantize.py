@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from gauge_ext.errors import ConfigError
+from gauge_ext.export.adapters.declared import model_table
 from gauge_ext.export.checks import require_packages
 from gauge_ext.export.disk.files import require_space, staged_files, write_errors
 from gauge_ext.export.metadata import PREFIX, append_metadata, summary
-from gauge_ext.export.precision.adapter_nodes import table_of
 from gauge_ext.export.precision.quantize_loss import layer_losses, output_losses, weights_of
 from gauge_ext.export.precision.quantize_methods import (
     Feeds,
@@ -114,11 +115,12 @@ def quantize_draft(
         raise ConfigError(
             f"{source} is in {already} already.", hint="Quantize the float32 file it came from."
         )
-    if (table := table_of(model)) is not None:
+    if (table := model_table(model)) is not None:
         # A range is that of a tensor with something in it: rank 1 where there is no adapter.
         nothing, zeros = table.nothing(), table.empty(rank=1)
         cases = ((name, sizes, {**nothing, **feeds}) for name, sizes, feeds in cases)
         options = replace(options, calibration=({**zeros, **f} for f in options.calibration))
+    _require_filled(model, source)
     prepare(model, precision)
     exact = weights_of(model)
     with tempfile.TemporaryDirectory(dir=draft.parent) as work, write_errors(path):
@@ -162,6 +164,21 @@ def quantize_in_place(
                 file.rename(Path(aside) / file.name)
         exact = Path(aside) / draft.name
         return quantize_draft(exact, draft, path, precision, options, cases, focus)
+
+
+def _require_filled(model: Any, source: Path) -> None:
+    """Whether each float32 weight has as many numbers as its shape says."""
+    import onnx
+
+    for tensor in model.graph.initializer:
+        dims = list(tensor.dims)
+        there = len(tensor.float_data) or len(tensor.raw_data) / 4
+        wanted = there if tensor.data_type != onnx.TensorProto.FLOAT else math.prod(dims)
+        if min(dims, default=0) < 0 or wanted != there:
+            raise ConfigError(
+                f"{source} is not a whole ONNX file: {tensor.name} of shape {dims} has "
+                f"{there:g} numbers."
+            )
 
 
 def _save(model: Any, draft: Path, path: Path, said: Mapping[str, str]) -> None:
