@@ -273,3 +273,36 @@ def test_memory_stays_small(external, tmp_path):
     assert done.returncode == 0, done.stderr
     assert 5 * 4096 * 3072 * 4 > 200 * 2**20
     assert 0 < float(done.stdout) < 64
+
+
+def test_blocks_are_never_all_decoded_at_once(tmp_path):
+    rows = columns = 4096
+    codes = np.random.default_rng(0).integers(0, 256, (rows, columns // 32, 32), dtype=np.uint8)
+    scales = np.full(codes[..., 0].size, 0.01, "f4")
+    node = onnx.helper.make_node(
+        "MatMulNBits",
+        ["x", "a.weight_Q8", "a.weight_scales"],
+        ["y"],
+        domain="com.microsoft",
+        K=columns,
+        N=rows,
+        bits=8,
+        block_size=32,
+    )
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", size])
+        for name, size in (("x", columns), ("y", rows))
+    ]
+    stored = [
+        onnx.numpy_helper.from_array(codes, "a.weight_Q8"),
+        onnx.numpy_helper.from_array(scales, "a.weight_scales"),
+    ]
+    graph = onnx.helper.make_graph([node], "g", values[:1], values[1:], stored)
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
+    base = tmp_path / "b.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), str(base))
+    write_adapter(tmp_path / "adapter", {"a": (rows, columns)})
+    command = [sys.executable, "-c", _MEASURED, base, tmp_path / "adapter", tmp_path / "o.onnx"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout) < 48  # in float32 the weight alone takes 64
