@@ -86,6 +86,15 @@ def quantize(
         report.render(stdout())
 
 
+_IN_FEWER_BITS = tuple(one for one in options.Precision if one is not options.Precision.FP32)
+# The options that are not about all of them
+_ONLY_FOR = {
+    "--block-size": (options.Precision.INT4,),
+    "--calibration": (options.Precision.INT8_STATIC,),
+    "--full-range": (options.Precision.INT8, options.Precision.INT8_STATIC),
+}
+
+
 def quantization_options(
     precision: options.Precision,
     block_size: int | None,
@@ -122,10 +131,13 @@ def quantization_options(
         "--min-cosine": min_cosine,
         "--max-loss": max_loss,
     }
+    for option, value in given.items():
+        # Without a word, a user would believe that it had an effect.
+        about = _ONLY_FOR.get(option, _IN_FEWER_BITS)
+        if value is not None and precision not in about:
+            names = " or ".join(one.value for one in about)
+            raise OptionError(option, f"it is for --precision {names}, which is {precision.value}.")
     if precision is options.Precision.FP32:
-        for option, value in given.items():
-            if value is not None:
-                raise OptionError(option, "it is about --precision, which is fp32.")
         return "fp32", None
     from gauge_ext.export.precision.quantize_methods import QuantizationOptions, require_precision
     from gauge_ext.export.tolerance import Tolerance

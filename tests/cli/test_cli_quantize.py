@@ -101,6 +101,24 @@ class TestRefusals:
         for option, value in (("--block-size", "32"), ("--min-cosine", "0.9"), ("--keep", "a")):
             assert "--precision" in fails(option, *arguments, option, value, "--out", out)
 
+    @pytest.mark.parametrize(
+        ("precision", "option", "about"),
+        [
+            ("fp16", "--block-size", "int4"),
+            ("int8", "--calibration", "int8-static"),
+            ("int4", "--full-range", "int8 or int8-static"),
+        ],
+    )
+    def test_options_that_the_precision_has_no_use_for(
+        self, exact: Path, inputs: Path, fails: Fails, precision: str, option: str, about: str
+    ) -> None:
+        value = {"--block-size": ("32",), "--calibration": (inputs,)}.get(option, ())
+        out = exact.with_name("small.onnx")
+        arguments = ("quantize", exact, "--out", out, "--precision", precision, option, *value)
+        said = fails(option, *arguments)
+        assert f"it is for --precision {about}, which is {precision}." in " ".join(said.split())
+        assert not out.exists()
+
     def test_bfloat16_before_anything_is_loaded(self, fails: Fails, tmp_path: Path) -> None:
         out = tmp_path / "m.onnx"
         said = fails("--precision", "export", "no:such", "--out", out, "--precision", "bf16")
