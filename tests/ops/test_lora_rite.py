@@ -179,15 +179,22 @@ def test_a_gauge_of_condition_1e5_does_not_hurt(condition: float) -> None:
 @compiled
 def test_directions_without_a_gradient_are_not_magnified() -> None:
     # Three rows of B have gradients in three directions of six, and A has none where B is zero: the
-    # rest is float32's rounding.
-    exact, rounded = (make(dtype, 1.0, shapes=((3, 40, 6),)) for dtype in (F64, torch.float32))
-    old = copy.deepcopy((exact.A[0], exact.B[0]))
-    for p in (exact, rounded):
-        take(p, start(p), lr=0.1, damping=1e-3)
-    for was, want, got in zip(
-        old, (exact.A[0], exact.B[0]), (rounded.A[0], rounded.B[0]), strict=True
-    ):
-        assert float((got.double() - want).norm() / (want - was).norm()) < 1e-2
+    # rest is float32's rounding, of which every instruction set makes another (.009 with AVX2, .014
+    # without fused multiply-adds). Without damping the step is nothing but that.
+    errors = {}
+    for damping in (1e-3, 0.0):
+        exact, rounded = (make(dtype, 1.0, shapes=((3, 40, 6),)) for dtype in (F64, torch.float32))
+        old = copy.deepcopy((exact.A[0], exact.B[0]))
+        for p in (exact, rounded):
+            take(p, start(p), lr=0.1, damping=damping)
+        errors[damping] = [
+            float((got.double() - want).norm() / (want - was).norm())
+            for was, want, got in zip(
+                old, (exact.A[0], exact.B[0]), (rounded.A[0], rounded.B[0]), strict=True
+            )
+        ]
+    assert max(errors[1e-3]) < 2e-2
+    assert max(errors[0.0]) > 1e2
 
 
 @compiled
