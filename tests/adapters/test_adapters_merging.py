@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from called_operators import Calls
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gauge_ext import _load
 from gauge_ext.adapters import AdapterSpec, LoRALinear, adapt
@@ -19,18 +19,6 @@ compiled = pytest.mark.skipif(
 
 ROWS, COLUMNS, RANK, SCALING = 67, 45, 5, 0.7
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class Calls(TorchDispatchMode):
-    """Writes down each operator that reaches the kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def linear(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from called_operators import Calls
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gauge_ext
 from gauge_ext import _load
@@ -15,18 +15,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROWS, WIDTH, RANK = 24, 16, 4
-
-
-class Calls(TorchDispatchMode):
-    """Writes down each operator that reaches the kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def adapted(dropout: float) -> nn.Module:

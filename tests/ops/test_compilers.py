@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext import _load
-from gauge_ext.ops import draw_seed, lora_gather, lora_linear, lora_linear_group, reference
+from gauge_ext.ops import (
+    dora_scale,
+    draw_seed,
+    lora_embedding,
+    lora_gather,
+    lora_linear,
+    lora_linear_group,
+    reference,
+)
 
 pytestmark = pytest.mark.skipif(
     not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
@@ -88,9 +96,26 @@ def _gather(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor
     return lora_gather(x, weight, None, [lora_A], [lora_B], [SCALING], index)
 
 
+def _embedding(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    # Of the table Wᵀ every token once: Wᵀ + s·(B A)ᵀ, (in, out)
+    ids = torch.arange(weight.shape[1])
+    return x @ lora_embedding(ids, weight.mT, lora_A, lora_B, SCALING)
+
+
+def _dora(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    ones = torch.ones_like(weight[:, 0])
+    return dora_scale(x @ weight.mT, ones, None) + SCALING * x @ lora_A.mT @ lora_B.mT
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
-    [("lora_linear", _linear), ("lora_linear_group", _group), ("lora_gather", _gather)],
+    [
+        ("lora_linear", _linear),
+        ("lora_linear_group", _group),
+        ("lora_gather", _gather),
+        ("lora_embedding", _embedding),
+        ("dora_scale", _dora),
+    ],
 )
 def test_compiled_without_gradients_where_ci_is_set(
     name: str, call: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch

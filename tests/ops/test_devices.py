@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor
 
 from gauge_ext import _load
@@ -98,13 +99,6 @@ def by_hand(t: dict[str, Tensor], mask: Tensor | float = 1.0) -> list[Tensor]:
         SCALING * (grad @ lora_B).T @ dropped,
         SCALING * grad.T @ (dropped @ lora_A.T),
     ]
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape
-    scale = expected.abs().max().item() if expected.numel() else 1.0
-    error = (actual.cpu().double() - expected).abs().max().item() if expected.numel() else 0.0
-    assert error <= tolerance * max(scale, 1e-30), f"{error:.2e} against {scale:.2e}"
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1, 1.0])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor, nn
 
 from gauge_ext import _load
@@ -86,13 +87,6 @@ class Problem:
             grads_A[i] = SCALING[i] * b[i].T @ given.T @ rows
             grads_B[i] = SCALING[i] * given.T @ rows @ a[i].T
         return [y, grad_x, *grads_A, *grads_B]
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape
-    scale = expected.abs().max().item() if expected.numel() else 1.0
-    error = (actual.double() - expected).abs().max().item() if expected.numel() else 0.0
-    assert error <= tolerance * max(scale, 1e-30), f"{error:.2e} against {scale:.2e}"
 
 
 @pytest.mark.parametrize(("dtype", "factors", "tolerance"), DTYPES)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor
 
 from gauge_ext import _load
@@ -84,13 +85,6 @@ def by_hand(p: Problem, mask: Tensor | float = 1.0) -> tuple[Tensor, Tensor, Ten
     grad_A = s * (grad @ lora_B).T @ dropped
     grad_B = s * grad.T @ (dropped @ lora_A.T)
     return y, grad_x, grad_A, grad_B
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape
-    scale = expected.abs().max().item() if expected.numel() else 1.0
-    error = (actual.double() - expected).abs().max().item() if expected.numel() else 0.0
-    assert error <= tolerance * max(scale, 1e-30), f"{error:.2e} against {scale:.2e}"
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5, 1.0])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor, nn
 
 from gauge_ext import _load
@@ -95,13 +96,6 @@ def by_hand(p: Problem, dropout_p: float = 0.0) -> tuple[list[Tensor], list[Tens
         grad_As.append(s * (g @ b).T @ (x * mask))
         grad_Bs.append(s * g.T @ ((x * mask) @ a.T))
     return ys, [grad_x, *grad_As, *grad_Bs]
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape
-    scale = expected.abs().max().item() if expected.numel() else 1.0
-    error = (actual.double() - expected).abs().max().item() if expected.numel() else 0.0
-    assert error <= tolerance * max(scale, 1e-30), f"{error:.2e} against {scale:.2e}"
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
