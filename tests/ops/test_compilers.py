@@ -103,8 +103,9 @@ def _embedding(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Ten
 
 
 def _dora(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    ones = torch.ones_like(weight[:, 0])
-    return dora_scale(x @ weight.mT, ones, None) + SCALING * x @ lora_A.mT @ lora_B.mT
+    total = weight + SCALING * lora_B @ lora_A
+    norms = torch.linalg.vector_norm(total, dim=1)
+    return dora_scale(x @ (total / norms.unsqueeze(1)).mT, norms)
 
 
 @pytest.mark.parametrize(
