@@ -102,6 +102,7 @@ def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, str]]:
 
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
+            # The file is no mapping: it has keys() and cannot be iterated.
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             said = file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:

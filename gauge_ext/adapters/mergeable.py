@@ -207,7 +207,7 @@ class MergeableLayer(NamedAdapters):
         return {name: base for name, base in self._kept.items() if base is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch has no types for it
         # Module.to() and its kin know of registered parameters only; the kept base moves along.
         move_along(self._kept, fn)
         return self

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
 
-from gauge_ext.adapters.many import NamedAdapters
+from gauge_ext.adapters.many import NamedAdapters, Slots
 from gauge_ext.adapters.mergeable import move_along
 from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.errors import AdapterStateError
@@ -39,7 +39,9 @@ class WholeModule(NamedAdapters):
             return super().__getattr__(name)
         working = self.working_name
         if working is not None:
-            of_slot = self if working == self.own_name else self._modules["slots"][working]  # type: ignore[index]
+            # Not self.slots: what is not there would be asked for here, again.
+            further = cast("Slots", self._modules.get("slots"))
+            of_slot = self if working == self.own_name else cast("AdapterSlot", further[working])
             if name in of_slot._factor_names:
                 return of_slot._parameters[name]
         return self._own[name]
@@ -98,6 +100,7 @@ class WholeModule(NamedAdapters):
                 "and it is not the adapter that works.",
                 hint="Use torch.nn.parallel.DistributedDataParallel.",
             )
+        # torch has no types for it, nor for the two below.
         return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

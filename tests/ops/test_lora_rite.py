@@ -179,8 +179,8 @@ def test_a_gauge_of_condition_1e5_does_not_hurt(condition: float) -> None:
 @compiled
 def test_directions_without_a_gradient_are_not_magnified() -> None:
     # Three rows of B have gradients in three directions of six, and A has none where B is zero: the
-    # rest is float32's rounding, of which every instruction set makes another (.009 with AVX2, .014
-    # without fused multiply-adds). Without damping the step is nothing but that.
+    # rest is float32's rounding, of which every instruction set makes another. Measured: .009 with
+    # AVX2, .014 without fused multiply-adds, and without damping 9e3 and 2e7 times the step.
     errors = {}
     for damping in (1e-3, 0.0):
         exact, rounded = (make(dtype, 1.0, shapes=((3, 40, 6),)) for dtype in (F64, torch.float32))
