@@ -5,6 +5,8 @@ wrong outputs without a word: of two active adapters with the same tensors the f
 adapter wins over a feed of the same name; ``run_with_iobinding`` and ``run_async`` overlook
 adapters; an adapter that Python has collected is none. Here the tensors of the one chosen adapter
 are fed with the inputs, from arrays that the session holds, and what would be a trap is an error.
+They stay numpy arrays, which ``run`` reads where they lie: of OrtValues Python checks each at every
+call, which costs a small model more than the adapter itself.
 """
 
 from __future__ import annotations
@@ -69,19 +71,16 @@ class AdapterSession:
                 f"{what} has no adapter inputs.",
                 hint="Export it with mode='adapters' (gauge-ext export --mode adapters).",
             )
-        import onnxruntime
-
         self.table = table
         self._session = session
-        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         taken = set(table.shapes)
         self._inputs = {v.name: list(v.shape) for v in session.get_inputs() if v.name not in taken}
         self._outputs = {value.name: list(value.shape) for value in session.get_outputs()}
         self._lock = threading.Lock()
         self._adapters: dict[str, Arrays] = {}
-        self._values: dict[str, dict[str, Any]] = {}  # adapter -> OrtValues
-        self._mixtures: dict[Hashable, dict[str, Any]] = {}  # the last few, by their weights
-        self._nothing = {name: self._value(array) for name, array in table.nothing().items()}
+        self._mixtures: dict[Hashable, Arrays] = {}  # the last few, by their weights
+        # What is not fed has its default, which is no adapter.
+        self._nothing = {} if table.form == "optional" else table.nothing()
         for name, source in (adapters or {}).items():
             self.add(name, source)
 
@@ -109,13 +108,11 @@ class AdapterSession:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"an adapter's name must be a text, got {name!r}.")
         arrays = read_arrays(self.table, source, f"the adapter {name!r}")
-        values = {key: self._value(array) for key, array in arrays.items()}
         with self._lock:
             if name in self._adapters:
                 raise ConfigError(
                     f"there is an adapter {name!r} already.", hint="Call remove() first."
                 )
-            self._values = {**self._values, name: values}
             self._adapters = {**self._adapters, name: arrays}
 
     def remove(self, name: str) -> None:
@@ -127,7 +124,6 @@ class AdapterSession:
         with self._lock:
             self._require([name], self._adapters)
             self._adapters = {key: a for key, a in self._adapters.items() if key != name}
-            self._values = {key: v for key, v in self._values.items() if key != name}
             self._mixtures = {}
 
     def run(
@@ -183,13 +179,12 @@ class AdapterSession:
         )
 
     def _run(self, arrays: Arrays, choice: Choice, wanted: list[str]) -> dict[str, NDArray[Any]]:
-        values = self._chosen(choice)
-        values = values | {name: self._value(array) for name, array in arrays.items()}
+        fed = self._chosen(choice) | arrays
         try:
-            found = self._session.run_with_ort_values(wanted, values)
+            found = self._session.run(wanted, fed)
         except Exception as error:  # onnxruntime's exceptions have no other common base
             raise ExportError(f"onnxruntime refuses to run: {str(error).strip()}") from error
-        return {name: value.numpy() for name, value in zip(wanted, found, strict=True)}
+        return dict(zip(wanted, found, strict=True))
 
     def _run_rows(
         self, arrays: Arrays, choices: list[Choice], wanted: list[str]
@@ -258,25 +253,24 @@ class AdapterSession:
         if missing := [name for name in self._inputs if name not in arrays]:
             raise ConfigError(f"the input {missing[0]!r} is not fed.")
 
-    def _chosen(self, choice: Choice) -> dict[str, Any]:
+    def _chosen(self, choice: Choice) -> Arrays:
         """The tensors to feed for a choice; mixtures are made once."""
         if choice is None:
             return self._nothing
         # One look at each, whatever other threads do.
-        adapters, singles, mixtures = self._adapters, self._values, self._mixtures
+        adapters, mixtures = self._adapters, self._mixtures
         if isinstance(choice, str):
-            self._require([choice], singles)
-            return singles[choice]
-        if (values := mixtures.get(key := _key(choice))) is not None:
-            return values
+            self._require([choice], adapters)
+            return adapters[choice]
+        if (mixed := mixtures.get(key := _key(choice))) is not None:
+            return mixed
         self._require(list(choice), adapters)
         mixed = mix(self.table, {name: (adapters[name], choice[name]) for name in choice})
-        values = {name: self._value(array) for name, array in mixed.items()}
         with self._lock:
             if all(self._adapters.get(name) is adapters[name] for name in choice):
                 kept = list(self._mixtures.items())[1 - _MIXTURES :]
-                self._mixtures = {**dict(kept), key: values}
-        return values
+                self._mixtures = {**dict(kept), key: mixed}
+        return mixed
 
     def _require(self, names: Sequence[str], known: Mapping[str, Any]) -> None:
         if unknown := [name for name in names if name not in known]:
