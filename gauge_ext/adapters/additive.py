@@ -8,6 +8,7 @@ from torch import Tensor
 from gauge_ext.adapters import branches
 from gauge_ext.adapters.branches import Branch
 from gauge_ext.adapters.layer import AdaptedLayer
+from gauge_ext.adapters.rows import Rows, require_samples
 
 
 class AdditiveLayer(AdaptedLayer):
@@ -46,7 +47,7 @@ class AdditiveLayer(AdaptedLayer):
             ConfigError: It has, and x has another number of rows.
         """
         if self.rows is not None:
-            return self._by_rows(x, bias, *self.rows)
+            return self._by_rows(x, bias, self.rows)
         working, gain = self.working()
         y = self.base_output(x, with_bias=gain is None)
         dtype = y.dtype
@@ -60,12 +61,10 @@ class AdditiveLayer(AdaptedLayer):
         """G ∘ base(x) + b, in the gain's dtype where that is wider."""
         return y * gain if bias is None else y * gain + branches.along(bias, y, self.output_dim)
 
-    def _by_rows(
-        self, x: Tensor, bias: Tensor | None, names: tuple[str, ...], index: Tensor
-    ) -> Tensor:
+    def _by_rows(self, x: Tensor, bias: Tensor | None, of_batch: Rows) -> Tensor:
         """The base once for all rows; each adapter's rows together; all added in one pass."""
-        slots = branches.slots_of_rows(self, names)
-        branches.require_samples(x, index)
+        slots, index = branches.slots_of_rows(self, of_batch), of_batch.numbers
+        require_samples(x, of_batch)
         gains = None
         if any(slot.has_magnitude for slot in slots):
             gains = branches.gains_of(self, slots)

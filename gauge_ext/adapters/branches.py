@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gauge_ext import ops
-from gauge_ext.errors import AdapterStateError, ConfigError
+from gauge_ext.adapters.rows import Rows, require_samples
+from gauge_ext.errors import AdapterStateError
 
 if TYPE_CHECKING:
     from gauge_ext.adapters.many import NamedAdapters
@@ -61,7 +62,7 @@ def linear(
         ``(*batch, out)``, of x's dtype.
     """
     if layer.rows is not None:
-        return _linear_by_rows(layer, x, weight, bias, *layer.rows)
+        return _linear_by_rows(layer, x, weight, bias, layer.rows)
     sole = layer.sole()
     if sole is not None and sole.has_magnitude:
         return _dora(layer, sole, x, weight, bias)
@@ -102,15 +103,10 @@ def _dora(
 
 
 def _linear_by_rows(
-    layer: NamedAdapters,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    names: tuple[str, ...],
-    index: Tensor,
+    layer: NamedAdapters, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows
 ) -> Tensor:
-    slots = slots_of_rows(layer, names)
-    require_samples(x, index)
+    slots, index = slots_of_rows(layer, rows), rows.numbers
+    require_samples(x, rows)
     shifted = any(slot.branch_bias is not None for slot in slots)
     scaled = any(slot.has_magnitude for slot in slots)
     apart = shifted or scaled
@@ -136,34 +132,19 @@ def _linear_by_rows(
     return (y if bias is None else y + bias).to(dtype)
 
 
-def slots_of_rows(layer: NamedAdapters, names: tuple[str, ...]) -> list[AdapterSlot]:
+def slots_of_rows(layer: NamedAdapters, rows: Rows) -> list[AdapterSlot]:
     """Return the adapters that rows name.
 
     Raises:
         AdapterStateError: Training with dropout, of which there is no mask by rows.
     """
-    slots = [layer.adapter(name) for name in names]
+    slots = [layer.adapter(name) for name in rows.names]
     if layer.training and any(slot.dropout_p > 0.0 for slot in slots):
         raise AdapterStateError(
-            "a different adapter for each row has no dropout in training.",
+            f"a different adapter for each row has no dropout in training, at {rows.path!r}.",
             hint="Call model.eval(), or attach the adapters with dropout=0.",
         )
     return slots
-
-
-def require_samples(x: Tensor, index: Tensor) -> None:
-    """Refuse an input whose first dimension is not the batch that names were given for.
-
-    Raises:
-        ConfigError: It has another size.
-    """
-    if x.dim() == 0 or x.shape[0] != len(index):
-        raise ConfigError(
-            f"there are names of adapters for {len(index)} samples, and a layer got an input of "
-            f"shape {tuple(x.shape)}, whose first dimension is not that.",
-            hint="Give a name for each sample. A layer that sees no batch, such as one of "
-            "positions, can't tell samples apart: leave it out of target_modules.",
-        )
 
 
 def gains_of(layer: NamedAdapters, slots: list[AdapterSlot]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gauge_ext.adapters.branches import Branch
 from gauge_ext.adapters.merging import accumulation_dtype
 from gauge_ext.adapters.parts import AdapterParts
+from gauge_ext.adapters.rows import Apart, Rows
 from gauge_ext.adapters.slot import AdapterSlot
 
 DEFAULT = "default"
@@ -35,13 +36,16 @@ class NamedAdapters(AdapterParts):
     Attributes:
         own_name: Name of the first adapter.
         active: Names and weights of the active adapters; some of them may be on other layers alone.
-        rows: Names of adapters of this layer, and which of them each row gets (-1: none); or None.
+        rows: Which adapter each row of the batch gets; None: all get the active ones.
+        apart: Of a kind that stands in the place of parameters: the rows by adapters, where they
+            ask for different ones.
         disabled: Whether the layer is to compute as its base.
     """
 
     own_name: str
     active: tuple[tuple[str, float], ...]
-    rows: tuple[tuple[str, ...], Tensor] | None = None
+    rows: Rows | None = None
+    apart: Apart | None = None
     disabled: bool = False
     slots: Slots
 
@@ -89,7 +93,7 @@ class NamedAdapters(AdapterParts):
         self.active = tuple(active)
         self.settle()
 
-    def set_rows(self, rows: tuple[tuple[str, ...], Tensor] | None) -> None:
+    def set_rows(self, rows: Rows | None) -> None:
         """Give each row of the batches to come an adapter of its own, or no longer."""
         self.rows = rows
         self.settle()
@@ -101,7 +105,7 @@ class NamedAdapters(AdapterParts):
 
     def settle(self) -> None:
         """Say anew in has_branch and is_plain what forward has to do."""
-        working = self.present() if self.rows is None else self.rows[0]
+        working = self.present() if self.rows is None else self.rows.names
         self.has_branch = not (self.merged or self.disabled) and bool(working)
         self.is_plain = self.rows is None and self._is_plain()
 
@@ -205,6 +209,7 @@ class NamedAdapters(AdapterParts):
     def __getstate__(self) -> Any:
         # Rows are of one batch, not of the layer.
         state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
+        state.pop("apart", None)
         if state.pop("rows", None) is not None:
             state["is_plain"] = self._is_plain()
             state["has_branch"] = not (self.merged or self.disabled) and bool(self.present())
@@ -212,6 +217,6 @@ class NamedAdapters(AdapterParts):
 
     def forget_names(self) -> None:
         """Drop all adapters but the first, and everything that names need."""
-        for name in ("own_name", "active", "rows", "disabled"):
+        for name in ("own_name", "active", "rows", "apart", "disabled"):
             vars(self).pop(name, None)
         self._modules.pop("slots", None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.adapters.spec import AdapterSpec
 from gauge_ext.adapters.whole import WholeModule
 from gauge_ext.errors import TargetError
+
+if TYPE_CHECKING:
+    from gauge_ext.adapters.tokens import TrainedTokens
 
 # The adapter on the parameter `down_proj` is the submodule `lora_down_proj` of its holder.
 CHILD = "lora_"
@@ -172,8 +176,17 @@ class LoRAHolder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns with ``W + s B A`` in the place of W."""
+        adapters = self.parameter_adapters().items()
+        adapted = {name: m() for name, m in adapters if m.has_branch and m.apart is None}
+        tokens: tuple[TrainedTokens, ...] = vars(self).get("_tied", ())
+        for rows in tokens:
+            if rows.apart is not None:
+                return rows.call_by_rows(self, adapted, args, kwargs)
+        return self.forward_with(adapted, *args, **kwargs)
+
+    def forward_with(self, adapted: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns with these in the place of its parameters."""
         there = vars(self)
-        adapted = {name: m() for name, m in self.parameter_adapters().items() if m.has_branch}
         # An attribute of the object is found before a registered parameter of that name.
         there.update(adapted)
         try:

@@ -8,11 +8,25 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from gauge_ext.adapters import token_rows
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.adapters.merging import adapter_dtype
-from gauge_ext.adapters.parameter import become_holder, leave_holder, reason_against_parameter
+from gauge_ext.adapters.parameter import (
+    LoRAHolder,
+    become_holder,
+    leave_holder,
+    reason_against_parameter,
+)
 from gauge_ext.adapters.protocol import Kind
+from gauge_ext.adapters.row_groups import by_groups
+from gauge_ext.adapters.rows import (
+    Apart,
+    apart,
+    only_name,
+    read_apart,
+    require_samples,
+)
 from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.errors import AdapterStateError, NonFiniteError, TargetError
 
@@ -31,7 +45,10 @@ class TrainedTokens(AdaptedLayer):
     It is the submodule ``token_adapter`` of the embedding. Layers that share W, such as a tied
     output embedding, read the same rows and stay tied. The rows R are ``trainable_tokens_delta``
     ``(n, dim)``, values and not differences, which start as W's own; W is never written to. Each
-    further adapter may train tokens of its own, or the same.
+    further adapter may train tokens of its own, or the same. Where each row of a batch has an
+    adapter of its own, W is looked up, or multiplied, once for all of them, see
+    :mod:`~gauge_ext.adapters.token_rows`; a module that is no plain embedding or linear layer is
+    called once for each adapter.
 
     Args:
         owners: The module that holds W, and those that share it.
@@ -43,9 +60,9 @@ class TrainedTokens(AdaptedLayer):
     """
 
     kind: ClassVar[Kind] = "tokens"
-    rows_refusal = "the rows of trained tokens stand in one table for the whole batch"
     indices: Tensor
     trainable_tokens_delta: nn.Parameter
+    _of_all_rows: str | None
 
     def __init__(
         self, owners: Sequence[nn.Module], indices: Sequence[int], name: str = DEFAULT
@@ -107,13 +124,27 @@ class TrainedTokens(AdaptedLayer):
         return self.trainable_tokens_delta.shape[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the table with the rows in it, differentiable in them, or the bare table."""
-        return self._with_rows() if self.has_branch else self.base_weight
+        """Return the table with the rows in it, differentiable in them, or the bare table.
 
-    def _with_rows(self) -> Tensor:
+        Raises:
+            AdapterStateError: Samples of a batch have tables of their own.
+        """
+        if self.apart is not None:
+            raise read_apart(self.apart.rows, self.weight_name)
+        if not self.has_branch:
+            return self.base_weight
+        if self.rows is not None:
+            return self.table_of(self._of_all_rows)
+        return self._with_rows(self.present())
+
+    def table_of(self, name: str | None) -> Tensor:
+        """Return the table with the rows of one adapter in it, or the bare table."""
+        return self._with_rows([] if name is None else [(self.adapter(name), 1.0)])
+
+    def _with_rows(self, chosen: Sequence[tuple[AdapterSlot, float]]) -> Tensor:
         table, weight = self.base_weight, self.base_weight
         done: set[int] = set()
-        for slot, number in self.present():
+        for slot, number in chosen:
             place = slot.get_buffer("indices")
             rows = slot.get_parameter("trainable_tokens_delta").to(weight.dtype)
             if not done.isdisjoint(slot.tokens):  # the same tokens by several adapters
@@ -124,6 +155,41 @@ class TrainedTokens(AdaptedLayer):
             done.update(slot.tokens)
         return table
 
+    def call_by_rows(
+        self,
+        owner: LoRAHolder,
+        adapted: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Return what an owner returns where samples of the batch have tables of their own.
+
+        Args:
+            owner: One of those that share the table.
+            adapted: What else stands in the place of parameters of it.
+            args: Its arguments, as in :func:`~gauge_ext.adapters.row_groups.by_groups`.
+            kwargs: The others.
+        """
+        split = cast("Apart", self.apart)
+        if not adapted and len(args) == 1 and not kwargs and token_rows.is_known(owner):
+            require_samples(args[0], split.rows)
+            y: Tensor = owner.forward_with({}, args[0])
+            return token_rows.patched(self, owner, split, args[0], y)
+
+        def call(name: str | None, *args: Any, **kwargs: Any) -> Any:
+            table = {self.weight_name: self.table_of(name)}
+            return owner.forward_with({**adapted, **table}, *args, **kwargs)
+
+        return by_groups(self, owner, split, call, args, kwargs)
+
+    def settle(self) -> None:
+        """Say anew what forward has to do, and which tables the samples of a batch ask for."""
+        super().settle()
+        rows = self.rows
+        # In forward a compiler could not follow the numbers in the rows.
+        self._of_all_rows = None if rows is None else only_name(rows)
+        self.apart = apart(rows) if rows is not None and self.has_branch else None
+
     def adapter_tensors(self) -> Mapping[str, Tensor]:
         """Return the rows of the first adapter."""
         return dict(self.trained())
@@ -131,7 +197,7 @@ class TrainedTokens(AdaptedLayer):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """Return the table with the rows minus the one without, ``(vocab, dim)``."""
-        return self._with_rows() - self.base_weight
+        return self._with_rows(self.present()) - self.base_weight
 
     @torch.no_grad()
     def merged_parameters(self, *, safe: bool = True) -> dict[str, Tensor]:
@@ -143,7 +209,7 @@ class TrainedTokens(AdaptedLayer):
         """
         if self.merged:
             raise AdapterStateError("the layer is merged already.", hint="Call unmerge() first.")
-        merged = self._with_rows()
+        merged = self._with_rows(self.present())
         if safe and not bool(merged.isfinite().all()):
             raise NonFiniteError("trainable_tokens_delta, or the table, holds NaN or infinity.")
         return {self.weight_name: merged}

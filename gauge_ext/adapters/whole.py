@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gauge_ext.adapters.many import NamedAdapters, Slots
 from gauge_ext.adapters.mergeable import move_along
+from gauge_ext.adapters.row_groups import by_groups
+from gauge_ext.adapters.rows import Rows, apart, only_name, read_apart
 from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.errors import AdapterStateError
 
@@ -21,6 +24,9 @@ class WholeModule(NamedAdapters):
     ``slots.NAME``. Who reads a parameter by its name (``head.weight``) gets that of the adapter
     that works, or the base's own where none of the active ones has the module; so a state dict does
     not depend on which works. A copy has no weight: it stands in the base's place or does not.
+
+    Where each row of a batch has an adapter of its own, the module is called once for each of the
+    copies that they ask for, with the rows that do.
     """
 
     whole_of: ClassVar[type[nn.Module]]
@@ -37,6 +43,8 @@ class WholeModule(NamedAdapters):
         """Return a parameter of the adapter that works, and everything else as ever."""
         if name not in vars(self).get("_own", ()):
             return super().__getattr__(name)
+        if self.apart is not None:
+            raise read_apart(self.apart.rows, name)
         working = self.working_name
         if working is not None:
             # Not self.slots: what is not there would be asked for here, again.
@@ -70,10 +78,42 @@ class WholeModule(NamedAdapters):
     def settle(self) -> None:
         """Say anew whose parameters are read."""
         self.working_name = self._working(self.rows)
+        self.apart = None if self.rows is None or self.disabled else apart(self.rows)
 
-    def _working(self, rows: tuple[tuple[str, ...], Tensor] | None) -> str | None:
-        names = [name for name, _ in self.active if name in self.names] if rows is None else rows[0]
-        return None if self.disabled or not names else names[0]
+    def _working(self, rows: Rows | None) -> str | None:
+        if self.disabled:
+            return None
+        if rows is not None:
+            return only_name(rows)
+        return next((name for name, _ in self.active if name in self.names), None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns with the parameters of the adapter that works.
+
+        Raises:
+            AdapterStateError: Rows have adapters of their own, and the module is none that works on
+                rows: see :func:`~gauge_ext.adapters.row_groups.by_groups`.
+            ConfigError: They have, and its input has another number of rows.
+        """
+        split = self.apart
+        if split is None:
+            return super().forward(*args, **kwargs)
+        if isinstance(self, _BatchNorm) and (self.training or self.running_mean is None):
+            raise AdapterStateError(
+                f"the samples of a batch cannot have parameters of their own at "
+                f"{split.rows.path!r}: its batch normalization is over all of them.",
+                hint="Call model.eval(), or the model once for each adapter, with use_adapters().",
+            )
+        return by_groups(self, self, split, self._with_copies, args, kwargs)
+
+    def _with_copies(self, name: str | None, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns with one adapter's parameters, or the base's own."""
+        before, split = self.working_name, self.apart
+        self.working_name, self.apart = name, None
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.working_name, self.apart = before, split
 
     def put_back(self) -> None:
         """Be the base again, with its own Parameters."""
@@ -110,6 +150,7 @@ class WholeModule(NamedAdapters):
     def __getstate__(self) -> Any:
         # What the class of the module leaves out; rows are of one batch, not of the module.
         state = dict(super(NamedAdapters, self).__getstate__())  # type: ignore[no-untyped-call]
+        state.pop("apart", None)
         if state.pop("rows", None) is not None:
             state["working_name"] = self._working(None)
         return state

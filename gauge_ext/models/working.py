@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from gauge_ext.adapters.rows import Rows
 from gauge_ext.adapters.whole import whole_modules
 from gauge_ext.errors import AdapterStateError, ConfigError
 from gauge_ext.models.adapted import attachment, lora_layers, named_layers, unwrap
@@ -45,7 +46,14 @@ def set_adapters(model: ModelT, names: str | Iterable[str] | Mapping[str, float]
     require_names(inner, weights)
     require_unmerged(inner)
     for path, module in whole_modules(inner).items():
-        _require_one_copy(path, [name for name in weights if name in module.names])
+        given = [name for name in weights if name in module.names]
+        if len(given) > 1:
+            raise AdapterStateError(
+                f"the module {path!r} can be that of one adapter at a time, and "
+                f"{', '.join(map(repr, given))} each have one of their own (modules_to_save).",
+                hint="Make one of them active. Samples of a batch can have different ones: "
+                "adapter_rows().",
+            )
     for layer in named_layers(inner).values():
         layer.set_active(tuple(weights.items()))
     return model
@@ -94,7 +102,12 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     All samples go through the model together, with weight 1 each and gradients to every adapter in
     use: through each linear layer in one call of :func:`gauge_ext.ops.lora_gather`, through
     embeddings, convolutions and quantized layers with the base once and each adapter on its own
-    samples, added in one pass. DoRA and ``lora_bias`` go along.
+    samples, added in one pass. DoRA and ``lora_bias`` go along. Of a whole module
+    (``modules_to_save``) each sample gets its adapter's copy, or the base's own: one call for each
+    copy that is asked for. Trained tokens are put in where a sample has them, here and where the
+    table is tied.
+    Where activations are checkpointed, call ``backward()`` within the ``with`` too, as they are
+    computed again there.
     A model with named adapters takes the same list in each call, as it does in PEFT:
     ``model(x, adapter_names=[...])``, where PEFT's ``"__base__"`` stands for None too.
 
@@ -105,8 +118,10 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     Raises:
         AdapterStateError: There is no such adapter, the adapters are merged, or one of those named
             is on a layer that cannot tell samples apart: ``nn.MultiheadAttention``, a bare
-            parameter, trained tokens; or samples ask for different copies of one module
-            (``modules_to_save``).
+            parameter. In the call: samples ask for different copies of a module
+            (``modules_to_save``) that has several tensors as arguments, or returns anything but
+            one tensor with the batch as its first dimension, or whose parameters are read from
+            outside; or of a batch normalization in training.
     """
     inner = unwrap(model)
     used = tuple(dict.fromkeys(name for name in names if name is not None))
@@ -122,31 +137,17 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
                 hint="Call the model once for each adapter, with use_adapters(), or leave this "
                 "layer out of the adapters' targets.",
             )
-    for path, module in whole_modules(inner).items():
-        _require_one_copy(path, [n if n in module.names else None for n in dict.fromkeys(names)])
-    named = named_layers(inner).values()
-    for each in named:
+    named = named_layers(inner)
+    for path, each in named.items():
         names_here = tuple(name for name in used if name in each.names)
         place = {name: i for i, name in enumerate(names_here)}
         chosen = [-1 if name is None else place.get(name, -1) for name in names]
-        each.set_rows((names_here, torch.tensor(chosen, dtype=torch.int64)))
+        each.set_rows(Rows(names_here, torch.tensor(chosen, dtype=torch.int64), path))
     try:
         yield
     finally:
-        for each in named:
+        for each in named.values():
             each.set_rows(None)
-
-
-def _require_one_copy(path: str, wanted: Sequence[str | None]) -> None:
-    """Refuse that several adapters, or one and the base, give the module at ``path`` at once."""
-    given = dict.fromkeys(wanted)
-    if len(given) > 1:
-        shown = ", ".join("the base" if name is None else repr(name) for name in given)
-        raise AdapterStateError(
-            f"the module {path!r} can be that of one adapter at a time, and {shown} each have one "
-            "of their own (modules_to_save).",
-            hint="Make one of them active, and call the model once for each.",
-        )
 
 
 def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:

@@ -20,7 +20,6 @@ from gauge_ext.models import (
 from gauge_ext.models.many import delete_adapter
 from gauge_ext.models.working import (
     active_adapters,
-    adapter_rows,
     disable_adapters,
     set_adapters,
     use_adapters,
@@ -57,18 +56,6 @@ def test_two_at_once_are_refused(model: nn.Module) -> None:
             set_adapters(model, together)
         assert active_adapters(model) == {"a": 1.0}
         assert torch.equal(model(inputs()), before)
-
-
-def test_samples_of_different_copies_are_refused(model: nn.Module) -> None:
-    for names in (["a", "b"], ["a", "c"], ["a", None], ["b", "a"]):
-        with pytest.raises(AdapterStateError, match="'(head|mid)' can be that of one adapter"):
-            model(inputs()[:2], adapter_names=[name or "__base__" for name in names])
-    for name in ("a", "b", "c"):
-        expected = by_hand(model, {name: 1.0})
-        torch.testing.assert_close(model(inputs(), adapter_names=[name] * 7), expected)
-    torch.testing.assert_close(model(inputs()), by_hand(model, {"a": 1.0}))
-    with adapter_rows(model, ["b"] * 7):  # rows are of the batch, not of a copy
-        torch.testing.assert_close(copy.deepcopy(model)(inputs()), by_hand(model, {"a": 1.0}))
 
 
 def test_training_reaches_the_one_that_works(model: nn.Module) -> None:
