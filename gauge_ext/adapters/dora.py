@@ -11,35 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gauge_ext import ops
-
-
-@torch.no_grad()
-def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    r"""Return the norm of each row of ``W + s B A``, ``(out,)``, without forming B A.
-
-    .. math:: \|W_i\|^2 + 2 s \langle (W A^T)_i, B_i \rangle + s^2 B_i (A A^T) B_i^T
-
-    Args:
-        weight: W, ``(out, in)``.
-        lora_A: ``(r, in)``.
-        lora_B: ``(out, r)``.
-        scaling: s.
-
-    Returns:
-        In float32, or in float64 where W or a factor is.
-    """
-    wide = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
-    a, b = lora_A.to(wide), lora_B.to(wide)
-    products = torch.addmm(
-        ops.project(weight, a), b, a @ a.mT, beta=2.0 * scaling, alpha=scaling * scaling
-    )
-    squares: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
-    squares += products.mul_(b).sum(1)
-    # Rounding may leave a row of zeros a little below zero.
-    squares.clamp_min_(0.0).sqrt_()
-    return squares
-
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
     """Return g = m / norms, ``(out,)``; a row of zeros stays one."""

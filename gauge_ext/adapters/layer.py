@@ -7,7 +7,8 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from gauge_ext.adapters import dora, inits
+from gauge_ext import ops
+from gauge_ext.adapters import inits
 from gauge_ext.adapters.dtypes import FLOAT_DTYPES
 from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.adapters.mergeable import MergeableLayer
@@ -128,7 +129,7 @@ class AdaptedLayer(MergeableLayer):
         if inits.starts_nonzero(spec.init):
             slot.keep_start()
         if spec.use_dora:
-            norms = dora.row_norms(*self.matrices(slot), slot.scaling)
+            norms = ops.dora_row_norms(*self.matrices(slot), slot.scaling)
             magnitude = norms.to(dtype).reshape(self.magnitude_shape())
             slot.lora_magnitude = nn.Parameter(magnitude)
             slot._factor_names += ("lora_magnitude",)

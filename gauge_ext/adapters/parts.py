@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from gauge_ext import ops
 from gauge_ext.adapters import dora
 from gauge_ext.adapters.protocol import Kind
 from gauge_ext.adapters.slot import AdapterSlot
@@ -116,7 +117,8 @@ class AdapterParts(AdapterSlot):
 
     def gain(self, slot: AdapterSlot) -> Tensor:
         """Return by how much DoRA scales each output, ``(out,)``; the norms are constants."""
-        return dora.gain(slot.lora_magnitude, dora.row_norms(*self.matrices(slot), slot.scaling))
+        norms = ops.dora_row_norms(*self.matrices(slot), slot.scaling)
+        return dora.gain(slot.lora_magnitude, norms)
 
     def tensors_of(self, slot: AdapterSlot) -> Mapping[str, Tensor]:
         """Return what is saved of an adapter, by the names of the :class:`Adapter` protocol.

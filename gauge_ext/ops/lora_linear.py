@@ -83,37 +83,6 @@ def lora_linear(
     return cast(Tensor, _op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed))
 
 
-def project(x: Tensor, lora_A: Tensor) -> Tensor:
-    """Return ``x A^T``, ``(N, r)``, accumulated in float32 or wider; constant in both.
-
-    On the CPU it is the first product of :func:`lora_linear`, in one pass over a contiguous x, of
-    which no wider copy is made; BLAS is slow where there are so few columns. Under a compiler or an
-    exporter, and for what has no kernel, it is a product in torch's operators.
-
-    Args:
-        x: ``(N, in)``, floating-point.
-        lora_A: ``(r, in)``, floating-point.
-
-    Returns:
-        Float32, or float64 where x or lora_A is.
-
-    Raises:
-        RuntimeError: The shapes do not fit.
-    """
-    wide = torch.promote_types(torch.promote_types(x.dtype, lora_A.dtype), torch.float32)
-    plain = type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.is_contiguous()
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    with torch.no_grad():
-        lora_A = lora_A.to(wide)
-        known = x.dtype == wide or (x.dtype == torch.bfloat16 and wide == torch.float32)
-        if not (_COMPILED and plain and known) or traced:
-            return x.to(wide) @ lora_A.mT
-        # A layer without outputs, which leaves the product that is kept for its backward pass.
-        weight, lora_B = x.new_empty((0, x.shape[1])), lora_A.new_empty((0, lora_A.shape[0]))
-        op = torch.ops.gauge_ext.lora_linear_forward.default
-        return cast(Tensor, op(x, weight, None, lora_A, lora_B, 1.0, 0.0, None)[1])
-
-
 def _fake_forward(
     x: Tensor,
     weight: Tensor,
@@ -192,8 +161,8 @@ def _register_fallback() -> torch.library.Library:
     return library
 
 
-_CUDA, _COMPILED = _load.load().cuda, _load.load().compiled
-if _COMPILED:
+_CUDA = _load.load().cuda
+if _load.load().compiled:
     _register_compiled()
 else:
     _fallback = _register_fallback()  # a Library unregisters its ops when it is collected

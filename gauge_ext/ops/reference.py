@@ -222,6 +222,24 @@ def dora_scale(y: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
     return (scaled if bias is None else scaled + bias).to(y.dtype)
 
 
+@torch.no_grad()
+def dora_row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return ``‖W_i + s·B_i A‖`` of each row, a constant; see :func:`ops.dora_row_norms`."""
+    wide = norm_dtype(weight, lora_A, lora_B)
+    w, a, b = weight.to(wide), lora_A.to(wide), lora_B.to(wide)
+    products = (w @ a.mT) * (2.0 * scaling) + (b @ (a @ a.mT)) * (scaling * scaling)
+    squares = torch.linalg.vector_norm(w, dim=1).square() + (products * b).sum(1)
+    # Rounding may leave a row of zeros a little below zero.
+    norms: Tensor = squares.clamp_min(0.0).sqrt()
+    return norms
+
+
+def norm_dtype(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
+    """Return what norms of rows are computed in: float32, or float64 where a tensor is."""
+    double = torch.float64 in (weight.dtype, lora_A.dtype, lora_B.dtype)
+    return torch.float64 if double else torch.float32
+
+
 def rounding_bits(
     rows: int, columns: int, seed: Tensor, layer: int = 0, first_row: int = 0
 ) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from layer_cases import CASES, LayerCase
 from torch import nn
 
-from gauge_ext.adapters import AdaptedLayer, AdapterSpec, adapt, dora, unsupported_reason
+from gauge_ext import ops
+from gauge_ext.adapters import AdaptedLayer, AdapterSpec, adapt, unsupported_reason
 from gauge_ext.adapters.registry import VARIANTS
 from gauge_ext.errors import AdapterStateError, NonFiniteError, TargetError
 
@@ -115,8 +116,8 @@ def test_gradients(
     _, layer = case.adapted(rank=2, **option)
     x = case.x()
     if layer.has_magnitude:  # the norms are constants to the backward pass: so they are here
-        norms = dora.row_norms(*layer.matrices(layer), layer.scaling)
-        monkeypatch.setattr(dora, "row_norms", lambda *_: norms)
+        norms = ops.dora_row_norms(*layer.matrices(layer), layer.scaling)
+        monkeypatch.setattr(ops, "dora_row_norms", lambda *_: norms)
     parameters = layer.adapter_parameters()
 
     def run(*tensors: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gauge_ext import _load
 from gauge_ext.ops import (
+    dora_row_norms,
     dora_scale,
     draw_seed,
     lora_embedding,
@@ -102,6 +103,13 @@ def _embedding(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Ten
     return x @ lora_embedding(ids, weight.mT, lora_A, lora_B, SCALING)
 
 
+def _norms(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    total = weight + SCALING * lora_B @ lora_A
+    norms = dora_row_norms(weight, lora_A, lora_B, SCALING)
+    lengths = torch.linalg.vector_norm(total, dim=1)
+    return x @ total.mT * (norms / lengths)
+
+
 def _dora(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     total = weight + SCALING * lora_B @ lora_A
     norms = torch.linalg.vector_norm(total, dim=1)
@@ -116,6 +124,7 @@ def _dora(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         ("lora_gather", _gather),
         ("lora_embedding", _embedding),
         ("dora_scale", _dora),
+        ("dora_row_norms", _norms),
     ],
 )
 def test_compiled_without_gradients_where_ci_is_set(

@@ -28,7 +28,8 @@ def test_every_op_is_registered_for_what_it_promises() -> None:
     for op in ("lora_linear", "lora_linear_group", "lora_gather", *inner):
         has = torch._C._dispatch_has_kernel_for_dispatch_key(f"gauge_ext::{op}", "CUDA")
         assert has == _load.status().cuda, op
-    for op in ("lora_rite_step", "lora_embedding", "dora_scale"):  # elsewhere torch's operators run
+    # Elsewhere torch's operators run.
+    for op in ("lora_rite_step", "lora_embedding", "dora_scale", "dora_row_norms"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gauge_ext::{op}", "CPU")
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"gauge_ext::{op}", "CUDA")
 

@@ -12,7 +12,7 @@ from closeness import assert_close
 from torch import Tensor
 
 from gauge_ext import _load
-from gauge_ext.ops import draw_seed, lora_linear, project, reference
+from gauge_ext.ops import draw_seed, lora_linear, reference
 
 pytestmark = pytest.mark.skipif(
     not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
@@ -350,34 +350,3 @@ def test_float16_on_the_cpu_is_refused_with_the_mend() -> None:
     half = [torch.ones(shape, dtype=torch.float16) for shape in ((2, 4), (3, 4), (3,))]
     with pytest.raises(RuntimeError, match=r"float32, float64 or bfloat16 on the CPU.*\.float\(\)"):
         lora_linear(*half, torch.ones(2, 4), torch.ones(3, 2), 1.0)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "adapter_dtype", "expected_dtype"),
-    [
-        (torch.float64, torch.float32, torch.float64),
-        (torch.float32, torch.float32, torch.float32),
-        (torch.float32, torch.float64, torch.float64),
-        (torch.bfloat16, torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16, torch.float32),
-        (torch.float16, torch.float16, torch.float32),
-    ],
-)
-def test_the_first_product_alone(
-    dtype: torch.dtype, adapter_dtype: torch.dtype, expected_dtype: torch.dtype, transposed: bool
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(70, 130, generator=generator).to(dtype)
-    x = x.t().contiguous().t() if transposed else x
-    lora_A = torch.randn(5, 130, generator=generator).to(adapter_dtype).requires_grad_()
-    expected = (x.double().unsqueeze(1) * lora_A.detach().double()).sum(-1)
-    for found in (project(x, lora_A), torch.compile(project, backend="eager")(x, lora_A)):
-        assert found.dtype == expected_dtype
-        assert not found.requires_grad
-        torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
-
-
-def test_the_first_product_of_shapes_that_do_not_fit() -> None:
-    with pytest.raises(RuntimeError, match=r"lora_A must have shape \[r, in\]"):
-        project(torch.randn(3, 4), torch.randn(2, 5))

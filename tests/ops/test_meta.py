@@ -42,7 +42,11 @@ def embedding(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tens
     return ops.lora_embedding(ids, weight.mT, lora_A, lora_B, 1.0)
 
 
-OPS = [linear, group, gather, embedding]
+def norms(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    return ops.dora_row_norms(weight, lora_A, lora_B, 1.0).expand(len(x), -1)
+
+
+OPS = [linear, group, gather, embedding, norms]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -11,6 +11,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "ops/cpu/pieces.h"
 #include "ops/cpu/rank_update.h"
 
 namespace gauge_ext {
@@ -21,24 +22,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Below about this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t kGrain = 1 << 16;
-
-// Calls body with a value of the storage type that stands for the weight's dtype.
-template <typename F>
-auto dispatch_dtype(const Tensor& weight, const F& body) {
-  switch (weight.scalar_type()) {
-    case at::kFloat:
-      return body(float());
-    case at::kDouble:
-      return body(double());
-    case at::kBFloat16:
-      return body(BFloat16Bits());
-    case at::kHalf:
-      return body(Float16Bits());
-    default:
-      TORCH_CHECK(false, "weight must be float32, float64, bfloat16 or float16, got ",
-                  weight.scalar_type());
-  }
-}
 
 // Asks for huge pages where `tensor` lies. A weight that nobody has written to yet has no memory:
 // to get it in pages of 4 KB, each a fault, takes several times as long as to merge. It is advice:
@@ -104,7 +87,7 @@ Tensor merge_out(at::TensorList weight,
                  at::TensorList out) {
   const auto sizes = check_merge(out, weight, lora_A, lora_B, scaling, transposed, seed, first_row);
   for (const Tensor& one : weight) {  // all of them before the first is written
-    dispatch_dtype(one, [](auto) {});
+    dispatch_storage(one, "weight", [](auto) {});
   }
   const Tensor result = at::zeros({static_cast<int64_t>(weight.size()), 4}, at::kDouble);
   auto* row = result.mutable_data_ptr<double>();
@@ -114,7 +97,7 @@ Tensor merge_out(at::TensorList weight,
     if (!out[i].is_same(weight[i])) {
       advise_huge_pages(out[i]);
     }
-    const auto sums = dispatch_dtype(weight[i], [&](auto tag) {
+    const auto sums = dispatch_storage(weight[i], "weight", [&](auto tag) {
       using scalar_t = decltype(tag);
       const auto dtype = std::is_same_v<scalar_t, double> ? at::kDouble : at::kFloat;
       const MergeFactors factors(lora_A[i], lora_B[i], scaling[i], transposed[i], dtype);

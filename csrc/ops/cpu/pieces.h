@@ -83,6 +83,24 @@ auto dispatch_dtype(const at::Tensor& x, const F& body) {
   return dispatch_dtype(x, "x", "; convert the model, for example with model.float()", body);
 }
 
+// The same for a tensor that is stored as float16 too.
+template <typename F>
+auto dispatch_storage(const at::Tensor& tensor, const char* name, const F& body) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return body(float());
+    case at::kDouble:
+      return body(double());
+    case at::kBFloat16:
+      return body(BFloat16Bits());
+    case at::kHalf:
+      return body(Float16Bits());
+    default:
+      TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ",
+                  tensor.scalar_type());
+  }
+}
+
 template <typename scalar_t>
 constexpr at::ScalarType acc_dtype() {
   return std::is_same_v<scalar_t, double> ? at::kDouble : at::kFloat;

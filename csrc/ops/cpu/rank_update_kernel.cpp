@@ -2,27 +2,12 @@
 
 #include <algorithm>
 
-#include "ops/cpu/panel.h"
+#include "ops/cpu/rank_tile.h"
 #include "ops/cpu/rounding.h"
 #include "ops/cpu/vec.h"
 
 namespace gauge_ext {
 namespace {
-
-// 6 x 2 accumulators, two vectors of R and one entry of L fill 16 registers.
-constexpr int kTileRows = 6;
-constexpr int kTileVectors = 2;
-
-// R is walked in blocks of columns of about this size, packed in the order in which it is read,
-// which stay in the second-level cache over all the rows. A multiple of a rounding block, so that
-// none is drawn twice.
-constexpr int64_t kBlockBytes = 128 * 1024;
-
-template <typename acc_t>
-int64_t block_columns(int64_t rank) {
-  const int64_t fitting = kBlockBytes / (std::max<int64_t>(rank, 1) * sizeof(acc_t));
-  return std::max<int64_t>(fitting / kDropoutBlock, 1) * kDropoutBlock;
-}
 
 template <typename scalar_t, typename acc_t>
 struct Update {
@@ -34,37 +19,6 @@ struct Update {
   const acc_t* left;
   int64_t rank;
   const Rounding* rounding;
-};
-
-// The columns [begin, end) of R: for each tile of columns its piece of every row, padded with
-// zeros.
-template <typename acc_t>
-struct Block {
-  static constexpr int64_t kColumns = kTileVectors * kWidth<acc_t>;
-  int64_t begin, end;
-  int64_t rank;
-  const acc_t* packed;
-
-  Block(const acc_t* right, int64_t rank, int64_t columns, int64_t begin, int64_t end)
-      : begin(begin), end(end), rank(rank) {
-    static thread_local Scratch<acc_t> scratch;
-    const int64_t tiles = (end - begin + kColumns - 1) / kColumns;
-    acc_t* to = scratch.reserve(tiles * rank * kColumns);
-    packed = to;
-    for (int64_t column = begin; column < end; column += kColumns) {
-      const int64_t width = std::min(kColumns, end - column);
-      for (int64_t j = 0; j < rank; ++j, to += kColumns) {
-        std::copy_n(right + j * columns + column, width, to);
-        std::fill(to + width, to + kColumns, acc_t(0));
-      }
-    }
-  }
-
-  // Where the tile of `column` begins; a row of it is kColumns long.
-  const acc_t* tile(int64_t column) const {
-    const int64_t offset = column - begin;
-    return packed + offset / kColumns * rank * kColumns + offset % kColumns;
-  }
 };
 
 // What a tile adds up in registers. `check` becomes NaN where an entry is not finite, which 0 times
@@ -117,28 +71,6 @@ inline __attribute__((always_inline)) void finish(const scalar_t* from,
   }
 }
 
-template <int ROWS, int VECTORS, typename scalar_t, typename acc_t>
-inline __attribute__((always_inline)) void multiply(const Update<scalar_t, acc_t>& u,
-                                                    const Block<acc_t>& block,
-                                                    int64_t row,
-                                                    int64_t column,
-                                                    Vec<acc_t> (&sum)[ROWS][VECTORS]) {
-  const acc_t* left = u.left + row * u.rank;
-  const acc_t* right = block.tile(column);
-  for (int64_t j = 0; j < u.rank; ++j) {
-    Vec<acc_t> r[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) {
-      r[v] = load<acc_t>(right + j * Block<acc_t>::kColumns + v * kWidth<acc_t>);
-    }
-    for (int i = 0; i < ROWS; ++i) {
-      const acc_t l = left[i * u.rank + j];
-      for (int v = 0; v < VECTORS; ++v) {
-        sum[i][v] += l * r[v];
-      }
-    }
-  }
-}
-
 template <int ROWS, int VECTORS, bool FIDELITY, bool STOCHASTIC, typename scalar_t, typename acc_t>
 void tile(const Update<scalar_t, acc_t>& u,
           const Block<acc_t>& block,
@@ -147,7 +79,7 @@ void tile(const Update<scalar_t, acc_t>& u,
           const RowBits* bits,
           Lanes<acc_t>& lanes) {
   Vec<acc_t> sum[ROWS][VECTORS] = {};
-  multiply(u, block, row, column, sum);
+  multiply(block, u.left + row * u.rank, column, sum);
   // In variables of its own, which stay in registers: a store to `out` could change the others.
   Lanes<acc_t> own;
   const int64_t weight_stride = u.weight_stride, out_stride = u.out_stride;
@@ -174,7 +106,7 @@ void tail(const Update<scalar_t, acc_t>& u,
           Lanes<acc_t>& lanes) {
   const auto width = static_cast<size_t>(block.end - column);
   Vec<acc_t> sum[ROWS][1] = {};
-  multiply(u, block, row, column, sum);
+  multiply(block, u.left + row * u.rank, column, sum);
   for (int i = 0; i < ROWS; ++i) {
     scalar_t from[kWidth<acc_t>] = {}, to[kWidth<acc_t>];
     std::memcpy(from, u.weight + (row + i) * u.weight_stride + column, width * sizeof(scalar_t));
@@ -222,7 +154,7 @@ void walk(const Update<scalar_t, acc_t>& u,
           UpdateSums& sums) {
   const int64_t step = block_columns<acc_t>(u.rank);
   for (int64_t begin = 0; begin < u.columns; begin += step) {
-    const Block<acc_t> block(right, u.rank, u.columns, begin, std::min(begin + step, u.columns));
+    const Block<acc_t> block(right, u.columns, u.rank, begin, std::min(begin + step, u.columns));
     int64_t row = first;
     for (; row + kTileRows <= first + rows; row += kTileRows) {
       rows_of_block<kTileRows, FIDELITY, STOCHASTIC>(u, block, row, sums);
