@@ -70,7 +70,7 @@ def linear(
     if outputs is not None:
         branches = [branch._replace(lora_B=branch.lora_B[outputs]) for branch in branches]
     if gain is None:
-        y, branches = _fused(x, weight, bias, branches[0]), branches[1:]
+        y, branches = fused(x, weight, bias, branches[0]), branches[1:]
     else:
         y = ops.dora_scale(F.linear(x, weight), gain, bias)
     for branch in branches:
@@ -85,8 +85,8 @@ def low_rank(x: Tensor, branch: Branch) -> Tensor:
     return F.linear(hidden, branch.lora_B, branch.bias)
 
 
-def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch) -> Tensor:
-    """Base and branch in one op, with the branch's bias in the base's."""
+def fused(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch) -> Tensor:
+    """Return base and branch by one op, with the branch's bias in the base's."""
     a, b, scaling, dropout_p, shift = branch
     if shift is not None:
         shift = scaling * shift
@@ -99,7 +99,7 @@ def _dora(
     layer: NamedAdapters, slot: AdapterSlot, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """One DoRA alone: the gain scales base and branch together, as they come out of one op."""
-    return ops.dora_scale(_fused(x, weight, None, layer.branch(slot)), layer.gain(slot), bias)
+    return ops.dora_scale(fused(x, weight, None, layer.branch(slot)), layer.gain(slot), bias)
 
 
 def _linear_by_rows(

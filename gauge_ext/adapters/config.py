@@ -53,8 +53,9 @@ class LoRAConfig:
             or "all".
         modules_to_save: Names of modules that are trained whole, such as a fresh classifier.
         ensure_weight_tying: Whether what is tied to a parameter of ``modules_to_save`` is trained
-            with it, and stays tied; of ``trainable_token_indices`` it always is. An adapter on a
-            tied weight is refused then: it would untie it.
+            with it, and stays tied; of ``trainable_token_indices`` it always is. Of an embedding
+            and the output layer that has its weight, where ``target_modules`` mean either, both
+            have one adapter then, and one merged weight.
         rank_pattern: Ranks of modules that differ from ``rank``: expression for the end of a path
             -> rank; the first that matches wins.
         alpha_pattern: The same for ``alpha``.

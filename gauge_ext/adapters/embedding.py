@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from gauge_ext.adapters.branches import Branch
 from gauge_ext.adapters.protocol import Kind
 from gauge_ext.adapters.slot import AdapterSlot
 from gauge_ext.adapters.spec import AdapterSpec
+from gauge_ext.adapters.tied import TiedLinear, become_tied
 
 # What the compiled op takes; in other dtypes, float16 on the CPU among them, torch's operators run.
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -31,6 +33,8 @@ class LoRAEmbedding(AdditiveLayer, nn.Embedding):
     ``padding_idx`` and ``scale_grad_by_freq`` hold for lora_A as they do for a table: the padding
     token's column gets no gradient. ``sparse`` holds for the table alone: a column of lora_A is no
     row of a sparse tensor, and its gradient is dense.
+
+    Linear layers that share the table can share the adapters too, see :meth:`tie`.
     """
 
     bases = (nn.Embedding,)
@@ -62,6 +66,35 @@ class LoRAEmbedding(AdditiveLayer, nn.Embedding):
         """Fill A with zeros and B with draws of N(0, 1)."""
         nn.init.zeros_(lora_A)
         nn.init.normal_(lora_B)
+
+    @property
+    def heads(self) -> tuple[TiedLinear, ...]:
+        """The linear layers that have the adapters too."""
+        return cast("tuple[TiedLinear, ...]", vars(self).get("_heads", ()))
+
+    def tie(self, head: nn.Linear) -> None:
+        """Give a linear layer with the same weight all adapters that are here, or will be."""
+        self._heads = (*self.heads, become_tied(head, self))
+
+    def adopt_merged(self, merged: Mapping[str, Tensor], *, keep_base: bool) -> None:
+        """Make ``merged`` the table of all layers that are tied to this one."""
+        super().adopt_merged(merged, keep_base=keep_base)
+        self._share()
+
+    def unmerge(self) -> None:
+        """Put the base's own table back, in all layers that are tied to this one."""
+        super().unmerge()
+        self._share()
+
+    def _share(self) -> None:
+        for head in self.heads:
+            head.weight = self.weight
+
+    def to_base(self) -> nn.Module:
+        """Drop the adapters, of the layers tied to this one too, and be a plain embedding again."""
+        for head in vars(self).pop("_heads", ()):
+            head.to_base()
+        return super().to_base()
 
     def product(self, lora_B: Tensor, lora_A: Tensor) -> Tensor:
         """Return ``(B A)ᵀ``, ``(vocab, dim)``."""

@@ -101,6 +101,11 @@ class LoRAPair:
         return self.lora_A.shape[0]
 
 
+def turned(pair: LoRAPair) -> LoRAPair:
+    """Return an embedding's factors as those of a linear layer with the same table."""
+    return LoRAPair(pair.lora_B.mT, pair.lora_A.mT)
+
+
 def keys_of(module: str, pair: LoRAPair) -> dict[str, Tensor]:
     """Return the tensors of the module at path ``module`` under their keys."""
     suffixes = SUFFIXES[pair.kind]

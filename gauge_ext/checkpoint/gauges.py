@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gauge_ext.checkpoint.digest import adapter_digest
-from gauge_ext.checkpoint.format import LoRAPair
+from gauge_ext.checkpoint.format import LoRAPair, turned
 from gauge_ext.checkpoint.on_model import adapter_parts
 from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
+from gauge_ext.checkpoint.tied import tied_pairs
 from gauge_ext.geometry import LoRAPoint
 from gauge_ext.geometry.equal_energy import quantisation_factor
 from gauge_ext.geometry.fingerprint import Fingerprint, fingerprint_points
@@ -76,6 +77,8 @@ def regauge(
         scaling = config.scaling_for(name)
         b, a, _, _ = regauge_factors(name, pair.lora_B, pair.lora_A, scaling, gauge)
         tensors[name] = dataclasses.replace(pair, lora_A=a, lora_B=b)
+    for head, table in tied_pairs(config, checkpoint.tensors).items():
+        tensors[head] = turned(tensors[table])
     digest = adapter_digest(config, tensors, checkpoint.whole)
     return dataclasses.replace(checkpoint, tensors=tensors, sha256=digest)
 

@@ -14,6 +14,7 @@ from gauge_ext.adapters import AdaptedLayer, variant_for
 from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.checkpoint.placing import placed
 from gauge_ext.checkpoint.read import AdapterCheckpoint, read_adapter
+from gauge_ext.checkpoint.tied import apart
 from gauge_ext.checkpoint.whole import fill_whole, require_whole
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, TargetError
 from gauge_ext.models.adapted import attachment, base_modules, lora_layers, record, unwrap
@@ -69,6 +70,7 @@ def load_adapter(
     checkpoint = read_adapter(path, allow_pickle=allow_pickle)
     inner = unwrap(model)
     checkpoint, parameters = placed(checkpoint, inner)
+    checkpoint, tied = apart(checkpoint, inner)
     others = adapter_names(inner)
     if name is None:
         name = sole_name(inner, "exchanged") if others else DEFAULT
@@ -84,8 +86,8 @@ def load_adapter(
     else:
         require_new_name(inner, name)
         require_unmerged(inner)
-        layers = _layers_for(inner, checkpoint)
-        put_on(inner, checkpoint.config, layers, {}, parameters, name)
+        layers = _layers_for(inner, checkpoint, tied)
+        put_on(inner, checkpoint.config, layers, {}, parameters, name, tied)
     try:
         if parameters and not present:
             _require_shapes(checkpoint, _low_rank(inner, name))
@@ -139,7 +141,9 @@ def _fill(
         slot.dropout_p = checkpoint.config.dropout
 
 
-def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn.Module]:
+def _layers_for(
+    model: nn.Module, checkpoint: AdapterCheckpoint, tied: Mapping[str, str]
+) -> dict[str, nn.Module]:
     """Return the layers of a bare model that the file names, if it fits them."""
     modules = base_modules(model)
     names = [name for name, pair in checkpoint.tensors.items() if pair.kind != "parameter"]
@@ -165,6 +169,7 @@ def _layers_for(model: nn.Module, checkpoint: AdapterCheckpoint) -> dict[str, nn
         for name, module in modules.items()
         if name
         and name not in layers
+        and name not in tied
         and checkpoint.config.selects(name)
         and blocker(model, name, module) is None
     ]

@@ -19,6 +19,7 @@ from gauge_ext.checkpoint.format import CONFIG_NAME, LoRAPair
 from gauge_ext.checkpoint.load import load_adapter
 from gauge_ext.checkpoint.placing import placed
 from gauge_ext.checkpoint.read import read_adapter
+from gauge_ext.checkpoint.tied import apart
 from gauge_ext.checkpoint.whole import require_whole
 from gauge_ext.checkpoint.write import save_adapter
 from gauge_ext.errors import AdapterFormatError, AdapterMismatchError
@@ -119,6 +120,7 @@ def swap_adapter(model: ModelT, path: str | os.PathLike[str], name: str | None =
     require_names(inner, [name])
     require_unmerged(inner)
     checkpoint, _ = placed(read_adapter(path), inner)
+    checkpoint, _ = apart(checkpoint, inner)
     layers = {
         at: layer
         for at, layer in lora_layers(inner).items()

@@ -15,9 +15,10 @@ from gauge_ext.checkpoint.format import WRAPPED
 
 if TYPE_CHECKING:
     from gauge_ext.adapters import Adapter
+    from gauge_ext.adapters.tied import TiedLinear
 
 
-def file_names(layers: Mapping[str, Adapter]) -> dict[str, str]:
+def file_names(layers: Mapping[str, Adapter | TiedLinear]) -> dict[str, str]:
     """Return path of each adapter in its model -> path that it has in a file."""
     held: dict[str, list[str]] = {}
     for path, layer in layers.items():

@@ -7,22 +7,25 @@ from typing import NamedTuple
 from torch import nn
 
 from gauge_ext.adapters import AdaptedLayer, Adapter
-from gauge_ext.checkpoint.format import LoRAPair
+from gauge_ext.adapters.tied import TiedLinear
+from gauge_ext.checkpoint.format import LoRAPair, turned
 from gauge_ext.models.adapted import adapter_config, adapters, lora_layers
 from gauge_ext.models.roster import sole_name
+from gauge_ext.models.tied import tied_layers
 
 
 class AdapterPart(NamedTuple):
     """What an adapter is on one layer.
 
     Attributes:
-        layer: The layer; other adapters may be on it too.
+        layer: The layer; other adapters may be on it too. One that is tied to an embedding has its
+            adapter.
         pair: The tensors.
         rank: The rank of the update that they are for.
         scaling: What ``lora_B @ lora_A`` is multiplied with.
     """
 
-    layer: Adapter
+    layer: Adapter | TiedLinear
     pair: LoRAPair
     rank: int
     scaling: float
@@ -60,4 +63,9 @@ def adapter_parts(
             slot = layer.adapter(name)
             pair = LoRAPair(**layer.tensors_of(slot), kind=layer.kind)
             parts[path] = AdapterPart(layer, pair, layer.rank_of(slot), slot.scaling)
+    for path, head in tied_layers(model).items():
+        if name is not None and name in head.source.names:
+            slot = head.source.adapter(name)
+            pair = turned(LoRAPair(**head.source.tensors_of(slot), kind="embedding"))
+            parts[path] = AdapterPart(head, pair, pair.rank, slot.scaling)
     return name, parts

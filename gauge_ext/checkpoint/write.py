@@ -23,6 +23,7 @@ from gauge_ext.adapters import (
     patterns,
     variant_for,
 )
+from gauge_ext.adapters.tied import TiedLinear
 from gauge_ext.adapters.transposed import LoRATransposed
 from gauge_ext.checkpoint.assembly import describe_pairs
 from gauge_ext.checkpoint.fields import to_peft
@@ -32,6 +33,7 @@ from gauge_ext.checkpoint.format import (
     WEIGHTS_NAME,
     LoRAPair,
     keys_of,
+    turned,
     whole_key,
 )
 from gauge_ext.checkpoint.nesting import file_names
@@ -45,6 +47,7 @@ from gauge_ext.models.adapted import (
     unwrap,
     whole_parameters,
 )
+from gauge_ext.models.tied import tied_layers
 
 # Names of the modules whose base weight PEFT saves along where they are adapted.
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
@@ -110,7 +113,10 @@ def save_adapter(
     if portable or started:
         # A start that took from the base makes an update of twice the rank.
         if portable:
-            pairs = make_portable(pairs, scalings)
+            tied = {at: head.source for at, head in tied_layers(inner).items() if at in pairs}
+            tables = {layer: at for at, layer in layers.items()}
+            pairs = make_portable({k: p for k, p in pairs.items() if k not in tied}, scalings)
+            pairs |= {at: turned(pairs[tables[source]]) for at, source in tied.items()}
             scalings = dict.fromkeys(pairs, 1.0)
         made = describe_pairs(pairs, scaling=scalings, like=config)
         config = dataclasses.replace(made, init="kaiming", target_modules=config.target_modules)
@@ -147,17 +153,20 @@ def save_adapter(
     return _write(written, {names[at]: pair for at, pair in pairs.items()}, path, whole)
 
 
-def _embeddings(model: nn.Module, layers: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:
+def _embeddings(
+    model: nn.Module, layers: Mapping[str, Adapter | TiedLinear]
+) -> dict[str, torch.Tensor]:
     """The base's own tables of the input and output embeddings that are adapted."""
     tables = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         if callable(get := getattr(model, getter, None)):
             tables.append(get())
-    return {
-        f"{name}.weight": layer.kept_parameters.get("weight", layer.base_weight)
-        for name, layer in layers.items()
-        if isinstance(layer, AdaptedLayer) and any(layer is table for table in tables)
-    }
+    found = {}
+    for name, layer in layers.items():
+        adapted = layer.source if isinstance(layer, TiedLinear) else layer
+        if isinstance(adapted, AdaptedLayer) and any(layer is table for table in tables):
+            found[f"{name}.weight"] = adapted.kept_parameters.get("weight", adapted.base_weight)
+    return found
 
 
 def write_adapter(
@@ -238,6 +247,8 @@ def describe(model: nn.Module, config: LoRAConfig, layers: Collection[str]) -> L
         if name in layers or ((variant := variant_for(m)) and variant.kind != "out_proj")
     }
     meant = {name for name in able if config.selects(name)}
+    if heads := {name for name in tied_layers(model) if name in layers} - meant:
+        meant |= heads if _are_tied_by_peft(model, config, heads) else set()
     if not config.is_all_linear and meant == set(layers):
         return config
     tails: dict[str, bool] = {}
@@ -255,6 +266,17 @@ def describe(model: nn.Module, config: LoRAConfig, layers: Collection[str]) -> L
         layers_to_transform=None,
         layers_pattern=None,
     )
+
+
+def _are_tied_by_peft(model: nn.Module, config: LoRAConfig, heads: Collection[str]) -> bool:
+    """Whether PEFT finds by itself, without their names, that these have the embedding's adapter.
+
+    It does where a target has one of two names, and the model's class says that they are tied.
+    """
+    targets, keys = config.target_modules, getattr(model, "_tied_weights_keys", None) or ()
+    ends = [targets] if isinstance(targets, str) else [t.rpartition(".")[2] for t in targets]
+    named = any(re.fullmatch(end, name) for end in ends for name in _EMBEDDINGS)
+    return named and all(f"{head}.weight" in keys for head in heads)
 
 
 def plain_paths(model: nn.Module) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from gauge_ext.adapters import AdaptedLayer, LoRAConfig, adapt, variant_for
+from gauge_ext.adapters.embedding import LoRAEmbedding
 from gauge_ext.adapters.many import DEFAULT
 from gauge_ext.adapters.parameter import LoRAHolder, adapt_parameter
 from gauge_ext.adapters.whole import whole_modules
@@ -20,6 +21,7 @@ from gauge_ext.models.roster import active_pairs, require_new_name, require_unme
 from gauge_ext.models.row_names import accept_row_names, refuse_row_names
 from gauge_ext.models.shared_inputs import Sample, group_shared_inputs, require_sample
 from gauge_ext.models.targets import find_targets, nearest_hint
+from gauge_ext.models.tied import named_by_embedding, require_same_ties
 from gauge_ext.models.tokens import train_tokens
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -86,7 +88,8 @@ def attach(
             f"target_parameters: {sorted({'.'.join(path.split('.')[-2:]) for path in experts})}.",
             stacklevel=2,
         )
-    put_on(inner, config, match.layers, match.skipped, match.parameters, name)
+    config = named_by_embedding(inner, config, match.tied)
+    put_on(inner, config, match.layers, match.skipped, match.parameters, name, match.tied)
     if grouped:
         try:
             group_shared_inputs(inner, sample)
@@ -103,8 +106,13 @@ def put_on(
     skipped: Mapping[str, str],
     parameters: Mapping[str, nn.Module],
     name: str,
+    tied: Mapping[str, str],
 ) -> None:
-    """Adapt exactly ``layers`` and ``parameters`` of ``model``: all, or on failure none."""
+    """Adapt exactly ``layers`` and ``parameters`` of ``model``: all, or on failure none.
+
+    The layers ``tied`` to an embedding (path -> the embedding's) get its adapter.
+    """
+    require_same_ties(layers, tied, name)
     before: Attachment | None = vars(model).get(KEY)
     trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     active = [(name, 1.0)] if before is None else active_pairs(model)
@@ -121,6 +129,10 @@ def put_on(
                 beside.append(layer)
             else:
                 fresh.append(adapt(layer, spec, name))
+        for path, table in tied.items():
+            embedding, head = model.get_submodule(table), model.get_submodule(path)
+            if isinstance(embedding, LoRAEmbedding) and type(head) is nn.Linear:
+                embedding.tie(head)
         for path, holder in parameters.items():
             last, spec = path.rpartition(".")[2], config.spec_for(path)
             present = (

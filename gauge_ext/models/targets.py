@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -13,9 +13,11 @@ from gauge_ext.adapters.config import LoRAConfig
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.parameter import reason_against_parameter
 from gauge_ext.adapters.registry import unsupported_reason, variant_for
+from gauge_ext.adapters.tied import TiedLinear
 from gauge_ext.adapters.whole import WholeModule
 from gauge_ext.errors import TargetError
 from gauge_ext.models.adapted import base_modules
+from gauge_ext.models.tied import tie_targets
 from gauge_ext.models.whole import saved_modules
 
 # Where transformers keeps the head of a sequence classifier, which "all-linear" leaves out for the
@@ -40,6 +42,7 @@ class TargetMatch:
         unmatched: Names in ``target_modules`` that no module answers to.
         parameters: The parameters to be adapted, by path: the modules that hold them.
         bare_experts: Those of ``skipped`` that are weights of experts and routers.
+        tied: Path of each layer that has the adapter of the embedding it is tied to -> that.
     """
 
     layers: dict[str, nn.Module]
@@ -47,6 +50,7 @@ class TargetMatch:
     unmatched: tuple[str, ...]
     parameters: dict[str, nn.Module]
     bare_experts: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
@@ -90,7 +94,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
             if reason := _trained_whole(name, whole):
                 skipped[name] = reason
                 continue
-            if reason := blocker(model, name, module):
+            follows = config.ensure_weight_tying and isinstance(module, TiedLinear)
+            if not follows and (reason := blocker(model, name, module)):
                 raise TargetError(
                     f"target_modules {_shown(config)} names {name!r}, which cannot carry an "
                     f"adapter: {reason}.",
@@ -112,25 +117,24 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetMatch:
             f"can carry an adapter{_why_none(config, skipped)}.",
             hint=nearest_hint(model, unmatched),
         )
-    if config.ensure_weight_tying:
-        _refuse_tied(model, layers)
-    return TargetMatch(layers, skipped, unmatched, parameters, tuple(experts))
+    tied = tie_targets(model, config, layers, whole) if config.ensure_weight_tying else {}
+    if tied:
+        layers = _with_tables(model, layers, tied)
+    return TargetMatch(layers, skipped, unmatched, parameters, tuple(experts), tied)
 
 
-def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers whose weight is another module's too: ``ensure_weight_tying``."""
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if (weight := module._parameters.get("weight")) is not None:
-            holders.setdefault(id(weight), []).append(name)
-    for name, layer in layers.items():
-        weight = layer._parameters.get("weight")
-        if others := [other for other in holders.get(id(weight), ()) if other != name]:
+def _with_tables(
+    model: nn.Module, layers: Mapping[str, nn.Module], tied: Mapping[str, str]
+) -> dict[str, nn.Module]:
+    """The embeddings in the place of what is tied to them, in the model's order."""
+    modules, tables = base_modules(model), set(tied.values())
+    for path in tables:
+        if reason := blocker(model, path, modules[path]):
             raise TargetError(
-                f"ensure_weight_tying is on, and the adapter on {name!r} would untie it from "
-                f"{others[0]!r}: adapters that are tied to each other are not supported.",
-                hint="Train it whole (modules_to_save), or with ensure_weight_tying=False.",
+                f"ensure_weight_tying is on, and {path!r} cannot carry the adapter: {reason}."
             )
+    meant = {*layers, *tables} - tied.keys()
+    return {path: module for path, module in modules.items() if path in meant}
 
 
 def target_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -197,6 +201,9 @@ def blocker(model: nn.Module, name: str, module: nn.Module) -> str | None:
     """Say why the module at ``name`` in ``model`` cannot carry an adapter, or a further one."""
     if isinstance(module, AdaptedLayer):
         return None
+    if isinstance(module, TiedLinear):
+        others = ", ".join(map(repr, module.source.names))
+        return f"in {others} it has the adapter of the embedding it is tied to"
     if isinstance(module, WholeModule):
         return f"{', '.join(map(repr, module.names))} has it trained whole (modules_to_save)"
     model_type = getattr(getattr(model, "config", None), "model_type", None)

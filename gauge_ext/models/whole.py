@@ -15,6 +15,7 @@ from torch import nn
 
 from gauge_ext.adapters import AdaptedLayer, LoRAConfig, patterns
 from gauge_ext.adapters.parameter import LoRAHolder
+from gauge_ext.adapters.tied import TiedLinear
 from gauge_ext.adapters.whole import WholeModule, become_whole, whole_modules
 from gauge_ext.errors import TargetError
 from gauge_ext.models.adapted import KEY, Attachment, base_modules
@@ -108,8 +109,9 @@ def save_modules(model: nn.Module, config: LoRAConfig, name: str) -> list[WholeM
     held: dict[str, dict[str, nn.Parameter]] = {}
     for path, base in chosen.items():
         holder, _, last = path.rpartition(".")
-        if isinstance(there := modules[holder], AdaptedLayer | LoRAHolder):
-            others = next((m.names for m in there.modules() if isinstance(m, AdaptedLayer)), ())
+        if isinstance(there := modules[holder], AdaptedLayer | LoRAHolder | TiedLinear):
+            adapted = there.source if isinstance(there, TiedLinear) else there
+            others = next((m.names for m in adapted.modules() if isinstance(m, AdaptedLayer)), ())
             raise TargetError(
                 f"modules_to_save of the adapter {name!r} means {path!r}, and {holder!r} is "
                 f"adapted in place by {', '.join(map(repr, others))}.",

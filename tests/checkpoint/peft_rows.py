@@ -105,6 +105,16 @@ def add_embedding(model: nn.Module, t: Tensors, s: float) -> None:
         layer.weight = nn.Parameter(total)
 
 
+def add_tied(model: nn.Module, t: Tensors, s: float) -> None:
+    """W + s (B A)ᵀ on the one table of both, whose adapter the file has twice."""
+    head, table = "lm_head.lora_", "model.embed_tokens.lora_embedding_"
+    assert torch.equal(t[f"{head}A.weight"], t[f"{table}B"].T)
+    assert torch.equal(t[f"{head}B.weight"], t[f"{table}A"].T)
+    add_embedding(model, t, s)
+    add_linear(model, {key: value for key, value in t.items() if not key.startswith(head)}, s)
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
 def add_conv(model: nn.Module, t: Tensors, s: float) -> None:
     """W + s B A with A as (r, in * kernel), on each convolution; groups written out as zeros."""
     for key in [key for key in t if key.endswith(".lora_A.weight")]:
@@ -417,6 +427,16 @@ ROWS = [
             "ensure_weight_tying": True,
         },
         add_whole,
+    ),
+    *(
+        Row(
+            f"{target}, ensure_weight_tying",
+            tied_llama,
+            tokens(9, 2, 5),
+            {**_TWO, "target_modules": ["q_proj", target], "ensure_weight_tying": True},
+            add_tied,
+        )
+        for target in ("embed_tokens", "lm_head")
     ),
     Row("Conv1d", conv(nn.Conv1d, 4, 6, 3, stride=2), numbers(2, 4, 9), _CONV, add_conv),
     Row("Conv2d", conv(nn.Conv2d, 3, 4, 3, padding="same"), numbers(2, 3, 6, 5), _CONV, add_conv),

@@ -113,11 +113,3 @@ def test_what_is_tied_is_trained_along_and_stays_tied(llama: nn.Module) -> None:
     assert list(whole_parameters(llama)) == [
         "model.embed_tokens.token_adapter.trainable_tokens_delta"
     ]
-
-
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_an_adapter_that_would_untie_is_refused(llama: nn.Module, target: str) -> None:
-    config = LoRAConfig(rank=2, target_modules=["q_proj", target], ensure_weight_tying=True)
-    with pytest.raises(TargetError, match=rf"{target}' would untie it from .*ensure_weight_tying"):
-        attach(llama, config)
-    attach(llama, LoRAConfig(rank=2, target_modules=["q_proj", target]))
