@@ -152,6 +152,10 @@ class MergeableLayer(NamedAdapters):
         flip = self.output_axis == 1
         weight, factors = self.base_weight, self.summed_factors()
         add_product(weight, *factors, {}, transposed=flip, safe=False, in_place=True)
+        self.adopt_in_place()
+
+    def adopt_in_place(self) -> None:
+        """Take note that the weight itself was written to, and holds the update."""
         self._kept = {}
         self.merged = True
         self.settle()

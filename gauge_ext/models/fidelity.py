@@ -7,6 +7,7 @@ it in expectation, at the price of noise.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from gauge_ext import ops
 from gauge_ext.adapters import LoRALinear
+from gauge_ext.adapters.merging import surely_finite
+from gauge_ext.adapters.ownership import is_held_alone
 from gauge_ext.errors import AdapterStateError, NonFiniteError, TargetError
 from gauge_ext.models.adapted import lora_layers, unwrap
 
@@ -122,7 +125,9 @@ def merge_stochastic(
     Args:
         model: A model with adapters on ``nn.Linear`` layers of bfloat16 or float16, not merged.
         seed: ``()`` int64; None draws one from torch's generator.
-        keep_base: Keep the old weights for ``unmerge``, at the price of their memory.
+        keep_base: Keep the old weights for ``unmerge``, at the price of their memory. Without them
+            the memory of one layer is enough: all layers are checked first, then one is merged
+            after the other, in place where nobody else holds the weight.
 
     Returns:
         ``model``.
@@ -141,20 +146,40 @@ def merge_stochastic(
                 hint="Use gauge_ext.merge(), which loses nothing to speak of there.",
             )
     seed = ops.draw_seed() if seed is None else seed
-    weights = [layer.weight.detach() for layer in layers.values()]
-    outs = [torch.empty_like(weight) for weight in weights]
-    factors = [layer.summed_factors() for layer in layers.values()]
-    a, b, scaling = (list(column) for column in zip(*factors, strict=True))
-    every = ops.merge_into(outs, weights, a, b, scaling, seed=seed)
-    for path, sums in zip(layers, every, strict=True):
-        if not sums.finite:
+    # As rows of one tall matrix, so that no two of all weights share the numbers drawn for them.
+    firsts = itertools.accumulate((len(layer.weight) for layer in layers.values()), initial=0)
+    first = dict(zip(layers, firsts, strict=False))
+    outs = {}
+    for path, layer in layers.items():
+        if not keep_base and surely_finite(layer.weight, *layer.summed_factors()):
+            continue
+        out = torch.empty_like(layer.weight)
+        if not _write(layer, out, seed, first[path]):
             raise NonFiniteError(
                 f"{path}: the weight plus its update holds NaN or infinity.",
                 hint="Nothing was merged.",
             )
-    for layer, out in zip(layers.values(), outs, strict=True):
-        layer.adopt_merged({"weight": out}, keep_base=keep_base)
+        if keep_base:
+            outs[path] = out
+    for path, layer in layers.items():
+        if keep_base:
+            layer.adopt_merged({"weight": outs.pop(path)}, keep_base=True)
+        elif is_held_alone(layer, "weight"):
+            _write(layer, layer.weight, seed, first[path])
+            layer.adopt_in_place()
+        else:
+            out = torch.empty_like(layer.weight)
+            _write(layer, out, seed, first[path])
+            layer.adopt_merged({"weight": out}, keep_base=False)
     return model
+
+
+def _write(layer: LoRALinear, out: Tensor, seed: Tensor, first_row: int) -> bool:
+    """Write a layer's sum, rounded by chance, into ``out``; return whether it is finite."""
+    weight = layer.weight.detach()
+    out = weight if out is layer.weight else out.detach()
+    (sums,) = ops.merge_into(out, weight, *layer.summed_factors(), seed=seed, first_row=first_row)
+    return sums.finite
 
 
 def linear_layers(model: nn.Module) -> dict[str, LoRALinear]:

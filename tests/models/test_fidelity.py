@@ -86,6 +86,42 @@ def test_a_seed_makes_it_repeatable() -> None:
     assert not torch.equal(found[0], found[2])
 
 
+def test_no_two_weights_are_rounded_by_the_same_numbers() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(torch.bfloat16)
+    attach(model, LoRAConfig(rank=2, alpha=2))
+    for layer in lora_layers(model).values():
+        layer.weight.data.fill_(1.0)
+        nn.init.constant_(layer.lora_A, 2.0**-5)
+        nn.init.constant_(layer.lora_B, 2.0**-5)  # a quarter of the way to the next number
+    first, second = (layer.weight for layer in lora_layers(merge_stochastic(model)).values())
+    assert 0.2 < (first > 1).float().mean() < 0.3
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("largest", [1.0, 0.75], ids=["small", "near the end of the range"])
+def test_without_the_base_the_weights_are_the_same(dtype: torch.dtype, largest: float) -> None:
+    def model() -> nn.Module:
+        found = adapted(dtype)
+        if largest < 1.0:  # where a bound does not tell that all is finite
+            found[2].weight.data[0, 0] = largest * torch.finfo(dtype).max
+        return found
+
+    seed = torch.tensor(5)
+    expected = [p.weight for p in lora_layers(merge_stochastic(model(), seed)).values()]
+    given = model()
+    held = given[0].weight
+    bits, place = held.detach().clone(), given[2].weight.data_ptr()
+    assert merge_stochastic(given, seed, keep_base=False) is given
+    found = [layer.weight for layer in lora_layers(given).values()]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(held, bits)  # somebody holds it
+    assert found[0] is not held
+    assert found[1].data_ptr() == place
+    with pytest.raises(AdapterStateError, match="was not kept"):
+        unmerge(given)
+
+
 def test_of_several_adapters_the_active_ones_count() -> None:
     model = adapted(torch.bfloat16)
     add_adapter(model, LoRAConfig(rank=2, alpha=2), "b")
@@ -119,9 +155,13 @@ def test_what_is_refused() -> None:
     bad = adapted(torch.bfloat16)
     with torch.no_grad():
         lora_layers(bad)["2"].lora_A[0, 0] = float("inf")
-    with pytest.raises(NonFiniteError, match=r"2: the weight.*Nothing was merged"):
-        merge_stochastic(bad)
-    assert not is_merged(bad)
+    bits = [layer.weight.detach().clone() for layer in lora_layers(bad).values()]
+    for keep_base in (True, False):
+        with pytest.raises(NonFiniteError, match=r"2: the weight.*Nothing was merged"):
+            merge_stochastic(bad, keep_base=keep_base)
+        assert not is_merged(bad)
+        now = [layer.weight for layer in lora_layers(bad).values()]
+        assert all(torch.equal(a, b) for a, b in zip(now, bits, strict=True))
 
 
 def test_a_start_counts_against_the_update() -> None:
