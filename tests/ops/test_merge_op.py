@@ -177,15 +177,19 @@ def test_rounding_by_chance_keeps_the_expectation(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("columns", [1, 5], ids="{0} x 8 columns".format)
 @pytest.mark.parametrize("seed", [None, torch.tensor(4)])
-def test_signs_zeros_and_what_is_not_finite(dtype: torch.dtype, seed: Tensor | None) -> None:
-    rare = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, torch.finfo(dtype).max]
-    weight = torch.tensor([rare, [1.0] * 8], dtype=dtype)
+def test_signs_zeros_and_what_is_not_finite(
+    dtype: torch.dtype, columns: int, seed: Tensor | None
+) -> None:
+    rare = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, torch.finfo(dtype).max] * columns
+    weight = torch.tensor([rare, [1.0] * len(rare)] * 8, dtype=dtype)
     out = torch.empty_like(weight)
-    (sums,) = merge_into(out, weight, torch.zeros(1, 8), torch.zeros(2, 1), 1.0, seed=seed)
+    right = torch.zeros(1, len(rare))
+    (sums,) = merge_into(out, weight, right, torch.zeros(16, 1), 1.0, seed=seed)
     torch.testing.assert_close(out, weight, rtol=0, atol=0, equal_nan=True)
     assert not sums.finite
-    assert merge_(weight[1:], torch.zeros(1, 8), torch.zeros(1, 1), 1.0, seed=seed)[0].finite
+    assert merge_(weight[1::2], right, torch.zeros(8, 1), 1.0, seed=seed)[0].finite
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,9 +204,12 @@ def test_one_bad_entry_is_seen(dtype: torch.dtype, place: tuple[int, int], bad: 
     assert [one.finite for one in sums] == [True, False]
 
 
-def test_an_overflow_is_seen() -> None:
-    weight = torch.full((3, 9), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
-    (sums,) = merge_(weight, torch.full((1, 9), 1e38), torch.ones(3, 1), 1.0)
+@pytest.mark.parametrize("columns", [9, 40])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_an_overflow_is_seen(dtype: torch.dtype, columns: int) -> None:
+    largest = torch.finfo(dtype).max
+    weight = torch.full((7, columns), largest, dtype=dtype)
+    (sums,) = merge_(weight, torch.full((1, columns), largest / 3), torch.ones(7, 1), 1.0)
     assert not sums.finite
     assert bool(weight.isinf().all())
 

@@ -67,24 +67,38 @@ struct Block {
   }
 };
 
-// sum += L R for ROWS rows, of which `left` is the first of L, and VECTORS vectors from `column` on
-template <int ROWS, int VECTORS, typename acc_t>
-inline __attribute__((always_inline)) void multiply(const Block<acc_t>& block,
-                                                    const acc_t* left,
-                                                    int64_t column,
-                                                    Vec<acc_t> (&sum)[ROWS][VECTORS]) {
-  const acc_t* right = block.tile(column);
-  for (int64_t j = 0; j < block.rank; ++j) {
-    Vec<acc_t> r[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) {
-      r[v] = load<acc_t>(right + j * Block<acc_t>::kColumns + v * kWidth<acc_t>);
-    }
-    for (int i = 0; i < ROWS; ++i) {
-      const acc_t l = left[i * block.rank + j];
-      for (int v = 0; v < VECTORS; ++v) {
-        sum[i][v] += l * r[v];
+// ROWS rows of L, of which `left` is the first, in the order in which tiles read them.
+template <int ROWS, typename acc_t>
+struct LeftRows {
+  const acc_t* packed;
+
+  LeftRows(const acc_t* left, int64_t rank) {
+    static thread_local Scratch<acc_t> scratch;
+    acc_t* to = scratch.reserve(ROWS * rank);
+    packed = to;
+    for (int64_t j = 0; j < rank; ++j) {
+      for (int i = 0; i < ROWS; ++i) {
+        *to++ = left[i * rank + j];
       }
     }
+  }
+};
+
+// sum += L R for those rows and VECTORS vectors from `column` on
+template <int ROWS, int VECTORS, typename acc_t>
+inline GAUGE_EXT_INLINE void multiply(const Block<acc_t>& block,
+                                      const LeftRows<ROWS, acc_t>& rows,
+                                      int64_t column,
+                                      Vec<acc_t> (&sum)[ROWS][VECTORS]) {
+  const acc_t* left = rows.packed;
+  const acc_t* const end = left + ROWS * block.rank;
+  const acc_t* right = block.tile(column);
+  for (; left != end; left += ROWS, right += Block<acc_t>::kColumns) {
+    Vec<acc_t> r[VECTORS];
+    repeat<VECTORS>([&](int v) GAUGE_EXT_INLINE { r[v] = load<acc_t>(right + v * kWidth<acc_t>); });
+    repeat<ROWS>([&](int i) GAUGE_EXT_INLINE {
+      repeat<VECTORS>([&](int v) GAUGE_EXT_INLINE { sum[i][v] += left[i] * r[v]; });
+    });
   }
 }
 

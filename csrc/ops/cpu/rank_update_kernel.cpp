@@ -22,13 +22,15 @@ struct Update {
 };
 
 // What a tile adds up in registers. `check` becomes NaN where an entry is not finite, which 0 times
-// infinity and 0 times NaN are.
+// infinity and 0 times NaN are; of entries in 16 bits `special` becomes all ones.
 template <typename acc_t>
 struct Lanes {
   Vec<acc_t> check = {}, delta = {}, kept = {}, lost = {};
+  Packed special = {};
 
   void add(const Lanes& other) {
     check += other.check;
+    special |= other.special;
     delta += other.delta;
     kept += other.kept;
     lost += other.lost;
@@ -41,6 +43,9 @@ struct Lanes {
       sums.lost += lost[lane];
     }
     sums.finite = sums.finite && horizontal_sum<acc_t>(check) == acc_t(0);
+    for (int lane = 0; lane < 2 * kWords; ++lane) {
+      sums.finite = sums.finite && special[lane] == 0;
+    }
   }
 };
 
@@ -71,27 +76,49 @@ inline __attribute__((always_inline)) void finish(const scalar_t* from,
   }
 }
 
+// The same of two vectors that are to be rounded to 16 bits, written as one.
+template <typename scalar_t>
+inline GAUGE_EXT_INLINE void finish_pair(const scalar_t* from,
+                                         scalar_t* to,
+                                         const Vec<float>& first,
+                                         const Vec<float>& second,
+                                         Lanes<float>& lanes) {
+  const Packed packed =
+      nearest_pair<scalar_t>(read(from) + first, read(from + kWidth<float>) + second);
+  std::memcpy(to, &packed, sizeof(packed));
+  lanes.special |= not_finite<scalar_t>(packed);
+}
+
+// A function of its own: where it were a piece of a loop, the compiler would keep constants and
+// sums in registers over the multiplication, which needs all of them.
 template <int ROWS, int VECTORS, bool FIDELITY, bool STOCHASTIC, typename scalar_t, typename acc_t>
-void tile(const Update<scalar_t, acc_t>& u,
-          const Block<acc_t>& block,
-          int64_t row,
-          int64_t column,
-          const RowBits* bits,
-          Lanes<acc_t>& lanes) {
-  Vec<acc_t> sum[ROWS][VECTORS] = {};
-  multiply(block, u.left + row * u.rank, column, sum);
-  // In variables of its own, which stay in registers: a store to `out` could change the others.
-  Lanes<acc_t> own;
+__attribute__((noinline)) void tile(const Update<scalar_t, acc_t>& u,
+                                    const LeftRows<ROWS, acc_t>& left,
+                                    const Block<acc_t>& block,
+                                    int64_t row,
+                                    int64_t column,
+                                    const RowBits* bits,
+                                    Lanes<acc_t>& lanes) {
   const int64_t weight_stride = u.weight_stride, out_stride = u.out_stride;
   const scalar_t* weight = u.weight + row * weight_stride + column;
   scalar_t* out = u.out + row * out_stride + column;
-  for (int i = 0; i < ROWS; ++i) {
-    for (int v = 0; v < VECTORS; ++v) {
+  Vec<acc_t> sum[ROWS][VECTORS];
+  set_zero(sum);
+  multiply(block, left, column, sum);
+  // In variables of its own, which stay in registers: a store to `out` could change the others.
+  Lanes<acc_t> own;
+  if constexpr (sizeof(scalar_t) == 2 && VECTORS == 2 && !FIDELITY && !STOCHASTIC) {
+    repeat<ROWS>([&](int i) GAUGE_EXT_INLINE {
+      finish_pair(weight + i * weight_stride, out + i * out_stride, sum[i][0], sum[i][1], own);
+    });
+  } else {
+    repeat<ROWS * VECTORS>([&](int n) GAUGE_EXT_INLINE {
+      const int i = n / VECTORS, v = n % VECTORS;
       const int64_t c = v * kWidth<acc_t>;
       const uint32_t* draw = STOCHASTIC ? bits[i].bits + (column + c) % kDropoutBlock : nullptr;
       finish<FIDELITY, STOCHASTIC>(weight + i * weight_stride + c, out + i * out_stride + c,
                                    sum[i][v], draw, own);
-    }
+    });
   }
   lanes.add(own);
 }
@@ -99,14 +126,16 @@ void tile(const Update<scalar_t, acc_t>& u,
 // The columns that do not fill a vector, by the same arithmetic in one padded with zeros.
 template <int ROWS, bool FIDELITY, bool STOCHASTIC, typename scalar_t, typename acc_t>
 void tail(const Update<scalar_t, acc_t>& u,
+          const LeftRows<ROWS, acc_t>& left,
           const Block<acc_t>& block,
           int64_t row,
           int64_t column,
           const RowBits* bits,
           Lanes<acc_t>& lanes) {
   const auto width = static_cast<size_t>(block.end - column);
-  Vec<acc_t> sum[ROWS][1] = {};
-  multiply(block, u.left + row * u.rank, column, sum);
+  Vec<acc_t> sum[ROWS][1];
+  set_zero(sum);
+  multiply(block, left, column, sum);
   for (int i = 0; i < ROWS; ++i) {
     scalar_t from[kWidth<acc_t>] = {}, to[kWidth<acc_t>];
     std::memcpy(from, u.weight + (row + i) * u.weight_stride + column, width * sizeof(scalar_t));
@@ -123,6 +152,7 @@ void rows_of_block(const Update<scalar_t, acc_t>& u,
                    UpdateSums& sums) {
   constexpr int64_t kStep = Block<acc_t>::kColumns;
   Lanes<acc_t> lanes;
+  const LeftRows<ROWS, acc_t> left(u.left + row * u.rank, u.rank);
   RowBits bits[STOCHASTIC ? ROWS : 1];
   for (int64_t c = block.begin; c < block.end;) {
     int64_t stop = block.end;
@@ -133,13 +163,13 @@ void rows_of_block(const Update<scalar_t, acc_t>& u,
       }
     }
     for (; c + kStep <= stop; c += kStep) {
-      tile<ROWS, kTileVectors, FIDELITY, STOCHASTIC>(u, block, row, c, bits, lanes);
+      tile<ROWS, kTileVectors, FIDELITY, STOCHASTIC>(u, left, block, row, c, bits, lanes);
     }
     for (; c + kWidth<acc_t> <= stop; c += kWidth<acc_t>) {
-      tile<ROWS, 1, FIDELITY, STOCHASTIC>(u, block, row, c, bits, lanes);
+      tile<ROWS, 1, FIDELITY, STOCHASTIC>(u, left, block, row, c, bits, lanes);
     }
     if (c < stop) {
-      tail<ROWS, FIDELITY, STOCHASTIC>(u, block, row, c, bits, lanes);
+      tail<ROWS, FIDELITY, STOCHASTIC>(u, left, block, row, c, bits, lanes);
       c = stop;
     }
   }

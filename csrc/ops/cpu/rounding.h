@@ -63,14 +63,18 @@ inline __attribute__((always_inline)) Words above(const Words& word, uint32_t li
   return reinterpret_cast<Words>(reinterpret_cast<Integers>(word) > static_cast<int32_t>(limit));
 }
 
+// `value` rounded to bfloat16, to nearest, ties to even; what lies below is to be cut off.
+inline __attribute__((always_inline)) Words nearest_bfloat16(const Vec<float>& value) {
+  const Words bits = reinterpret_cast<Words>(value);
+  const Words last = (bits << 15) >> 31;
+  return value != value ? Words{} + 0x7FC00000u : bits + 0x7FFFu + last;
+}
+
 // `value` rounded to scalar_t, to nearest, ties to even, but still in acc_t.
 template <typename scalar_t, typename acc_t>
 inline __attribute__((always_inline)) Vec<acc_t> nearest(const Vec<acc_t>& value) {
   if constexpr (std::is_same_v<scalar_t, BFloat16Bits>) {
-    const Words bits = reinterpret_cast<Words>(value);
-    const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
-    const Words nan = Words{} + 0x7FC00000u;
-    return reinterpret_cast<Vec<float>>(value != value ? nan : rounded);
+    return reinterpret_cast<Vec<float>>(nearest_bfloat16(value) & 0xFFFF0000u);
   } else if constexpr (std::is_same_v<scalar_t, Float16Bits>) {
     Float16Bits half[kWidth<float>];
     store_half(half, value);
@@ -100,6 +104,45 @@ inline __attribute__((always_inline)) void write(scalar_t* to, const Vec<acc_t>&
   } else {
     store<acc_t>(to, value);
   }
+}
+
+// Two vectors rounded to scalar_t, to nearest as by nearest(), in its 16 bits side by side.
+typedef uint16_t Packed __attribute__((vector_size(kVectorBytes)));
+
+inline __attribute__((always_inline)) Packed upper_halves(const Words& first, const Words& second) {
+#if defined(CPU_CAPABILITY_AVX2)
+  // Packing works within each half of the registers: the quarters come out as 0 2 1 3.
+  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(first >> 16),
+                                             reinterpret_cast<__m256i>(second >> 16));
+  return reinterpret_cast<Packed>(_mm256_permute4x64_epi64(packed, 0b11011000));
+#else
+  Packed odd;
+  for (int i = 0; i < 2 * kWords; ++i) {
+    odd[i] = static_cast<uint16_t>(2 * i + 1);
+  }
+  return __builtin_shuffle(reinterpret_cast<Packed>(first), reinterpret_cast<Packed>(second), odd);
+#endif
+}
+
+template <typename scalar_t>
+inline GAUGE_EXT_INLINE Packed nearest_pair(const Vec<float>& first, const Vec<float>& second) {
+  if constexpr (std::is_same_v<scalar_t, BFloat16Bits>) {
+    return upper_halves(nearest_bfloat16(first), nearest_bfloat16(second));
+  } else {
+    Float16Bits half[2 * kWidth<float>];
+    store_half(half, first);
+    store_half(half + kWidth<float>, second);
+    Packed packed;
+    std::memcpy(&packed, half, sizeof(packed));
+    return packed;
+  }
+}
+
+// All ones where an entry is infinite or NaN, which is where its exponent is.
+template <typename scalar_t>
+inline GAUGE_EXT_INLINE Packed not_finite(const Packed& packed) {
+  constexpr uint16_t kExponent = std::is_same_v<scalar_t, BFloat16Bits> ? 0x7F80 : 0x7C00;
+  return reinterpret_cast<Packed>((packed & kExponent) == kExponent);
 }
 
 // The multiple of 2^-24, float16's least step, next to |value| below or above it: exact arithmetic.

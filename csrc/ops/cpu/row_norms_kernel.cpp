@@ -27,22 +27,23 @@ struct Sum {
 template <int ROWS, int VECTORS, typename scalar_t, typename acc_t>
 inline __attribute__((always_inline)) void sum_tile(const Sum<scalar_t, acc_t>& s,
                                                     const Block<acc_t>& block,
+                                                    const LeftRows<ROWS, acc_t>& left,
                                                     int64_t row,
                                                     int64_t column,
                                                     Vec<acc_t> (&sum)[ROWS][VECTORS]) {
   const scalar_t* weight = s.weight + row * s.stride + column;
-  for (int i = 0; i < ROWS; ++i) {
-    for (int v = 0; v < VECTORS; ++v) {
-      sum[i][v] = read(weight + i * s.stride + v * kWidth<acc_t>);
-    }
-  }
-  multiply(block, s.left + row * s.rank, column, sum);
+  repeat<ROWS * VECTORS>([&](int n) GAUGE_EXT_INLINE {
+    const int i = n / VECTORS, v = n % VECTORS;
+    sum[i][v] = read(weight + i * s.stride + v * kWidth<acc_t>);
+  });
+  multiply(block, left, column, sum);
 }
 
 // The columns that do not fill a vector, padded with zeros, as R is in its block
 template <int ROWS, typename scalar_t, typename acc_t>
 inline __attribute__((always_inline)) void sum_tail(const Sum<scalar_t, acc_t>& s,
                                                     const Block<acc_t>& block,
+                                                    const LeftRows<ROWS, acc_t>& left,
                                                     int64_t row,
                                                     int64_t column,
                                                     Vec<acc_t> (&sum)[ROWS][1]) {
@@ -52,7 +53,7 @@ inline __attribute__((always_inline)) void sum_tail(const Sum<scalar_t, acc_t>& 
     std::memcpy(from, s.weight + (row + i) * s.stride + column, width * sizeof(scalar_t));
     sum[i][0] = read(from);
   }
-  multiply(block, s.left + row * s.rank, column, sum);
+  multiply(block, left, column, sum);
 }
 
 // body(column, tile) for the tiles of ROWS rows of a block, one after the other
@@ -61,18 +62,19 @@ inline __attribute__((always_inline)) void for_each_tile(const Sum<scalar_t, acc
                                                          const Block<acc_t>& block,
                                                          int64_t row,
                                                          const F& body) {
+  const LeftRows<ROWS, acc_t> left(s.left + row * s.rank, s.rank);
   int64_t c = block.begin;
   for (; c + Block<acc_t>::kColumns <= block.end; c += Block<acc_t>::kColumns) {
     Vec<acc_t> sum[ROWS][kTileVectors];
-    sum_tile(s, block, row, c, sum);
+    sum_tile(s, block, left, row, c, sum);
     body(c, sum);
   }
   for (; c < block.end; c += kWidth<acc_t>) {
     Vec<acc_t> sum[ROWS][1];
     if (c + kWidth<acc_t> <= block.end) {
-      sum_tile(s, block, row, c, sum);
+      sum_tile(s, block, left, row, c, sum);
     } else {
-      sum_tail(s, block, row, c, sum);
+      sum_tail(s, block, left, row, c, sum);
     }
     body(c, sum);
   }
