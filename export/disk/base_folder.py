@@ -121,6 +121,7 @@ def match_targets(
     biases: Collection[str] = (),
     *,
     may_lie_transposed: bool,
+    tied: Mapping[str, str] | None = None,
 ) -> dict[str, Target]:
     """Finds the tensor that each adapted module's weight is stored in.
 
@@ -130,6 +131,8 @@ def match_targets(
         biases: The modules whose bias is wanted too.
         may_lie_transposed: Whether the adapter says that weights of linear layers lie ``(in, out)``
             (``fan_in_fan_out``); each shape then says whether that is so.
+        tied: Path of each module whose weight gets the same update as an embedding's -> the
+            embedding's. Where the folder says that they are one weight, they stay it.
 
     Returns:
         Name of the tensor -> the target.
@@ -138,6 +141,9 @@ def match_targets(
         AdapterMismatchError: a module has no tensor, or one of another shape.
         ConfigError: a tensor is of a dtype that cannot be merged.
     """
+    alike = {*(tied or {}), *(tied or {}).values()}
+    if tied and _ties(base):
+        weights = {m: w for m, w in weights.items() if m not in tied or _is_stored(base, m)}
     names = base_weights(base, list(weights))
     linear = {m: w.matrix for m, w in weights.items() if w.kind == "linear"}
     square = any(rows == columns for rows, columns in linear.values())
@@ -157,7 +163,7 @@ def match_targets(
                 hint="Is this the base that the adapter was trained on?",
             )
         _require_numbers(base, name, stored)
-        if _is_tied(base, stored):
+        if module not in alike and _is_tied(base, stored):
             what = (
                 f"the input embeddings, which {base.path} ties to its output layer: that would "
                 "change with them."
@@ -216,8 +222,19 @@ def _square_ones_lie_transposed(
 def _is_tied(base: BaseFolder, stored: Stored) -> bool:
     """Whether a weight has a row for each token, in a model that says that those are tied."""
     text = base.config.get("text_config", base.config)
-    tied = base.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    return bool(tied) and stored.shape[0] == text.get("vocab_size")
+    return _ties(base) and stored.shape[0] == text.get("vocab_size")
+
+
+def _ties(base: BaseFolder) -> bool:
+    """Whether the folder says that input and output embeddings are one weight."""
+    text = base.config.get("text_config", base.config)
+    return bool(base.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+
+
+def _is_stored(base: BaseFolder, module: str) -> bool:
+    """Whether a tensor has the name of a module, whatever stands before its last part."""
+    last = f"{module.rpartition('.')[2]}.weight"
+    return any(name == last or name.endswith(f".{last}") for name in base.tensors)
 
 
 def _mismatch(base: BaseFolder, modules: list[str], *, ambiguous: bool) -> AdapterMismatchError:

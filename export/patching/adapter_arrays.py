@@ -100,6 +100,27 @@ class AdapterArrays:
         return self.weight * self.config.scaling_for(module)
 
     @cached_property
+    def tied(self) -> Mapping[str, str]:
+        """Path of each layer that repeats the adapter of an embedding -> the embedding's.
+
+        It does where ``ensure_weight_tying`` says that both have one weight.
+
+        Raises:
+            NonFiniteError: a factor holds NaN or infinity.
+        """
+        if not self.config.ensure_weight_tying:
+            return {}
+        tables = {m: self.read(m) for m, held in self.modules.items() if held.kind == "embedding"}
+        linear = {m: self.read(m) for m, held in self.modules.items() if held.kind == "linear"}
+        return {
+            module: table
+            for module, own in linear.items()
+            for table, of_table in tables.items()
+            if np.array_equal(own["lora_A"], of_table["lora_B"].T)
+            and np.array_equal(own["lora_B"], of_table["lora_A"].T)
+        }
+
+    @cached_property
     def sha256(self) -> str:
         """The digest, see :func:`gauge_ext.checkpoint.adapter_digest`; it reads all factors.
 

@@ -64,7 +64,8 @@ def merge_checkpoint(
 
     That goes for linear layers, embeddings and convolutions without groups; with DoRA the weight
     becomes m (W + s·B·A) / ‖W + s·B·A‖, output by output, and with ``lora_bias`` the bias b becomes
-    b + s·lora_bias.
+    b + s·lora_bias. An embedding that is stored once for itself and the output layer must have one
+    adapter with it (``ensure_weight_tying``).
 
     The sum is taken in float32 (float64 for a float64 base) and rounded once to the dtype of W;
     several adapters are added up before. Tokenizer, config and all other tensors are carried along;
@@ -95,7 +96,11 @@ def merge_checkpoint(
     updates = open_updates(adapter)
     base = open_base(Path(base_dir))
     targets = match_targets(
-        base, updates.weights, updates.biases, may_lie_transposed=updates.transposes
+        base,
+        updates.weights,
+        updates.biases,
+        may_lie_transposed=updates.transposes,
+        tied=updates.tied,
     )
     updates.check_numbers()
     require_space(out, base.nbytes)

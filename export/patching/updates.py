@@ -43,6 +43,20 @@ class Updates:
             if any("lora_bias" in adapter.modules[module].tensors for adapter in self._on(module))
         )
 
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Path of each layer that gets an embedding's update by every adapter -> the embedding's.
+
+        Raises:
+            NonFiniteError: a factor holds NaN or infinity.
+        """
+        said = {pair for adapter in self.adapters for pair in adapter.tied.items()}
+        return {
+            module: table
+            for module, table in said
+            if all(a.tied.get(module) == table for a in (*self._on(module), *self._on(table)))
+        }
+
     def _on(self, module: str) -> list[AdapterArrays]:
         return [adapter for adapter in self.adapters if module in adapter.modules]
 
