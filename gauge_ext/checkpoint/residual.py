@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from gauge_ext.adapters import LoRAConfig
 from gauge_ext.checkpoint.assembly import assemble
+from gauge_ext.checkpoint.describing import plain_paths
 from gauge_ext.checkpoint.format import LoRAPair
 from gauge_ext.checkpoint.read import AdapterCheckpoint
-from gauge_ext.checkpoint.write import plain_paths, write_adapter
+from gauge_ext.checkpoint.write import write_adapter
 from gauge_ext.errors import AdapterStateError
 from gauge_ext.geometry.low_rank import RowBlocks, nearest_low_rank
 from gauge_ext.models.adapted import attached_modules, attachment, unwrap

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +18,11 @@ from gauge_ext.adapters import (
     AdaptedLayer,
     Adapter,
     LoRAConfig,
-    WrappedAdapter,
-    patterns,
-    variant_for,
 )
 from gauge_ext.adapters.tied import TiedLinear
 from gauge_ext.adapters.transposed import LoRATransposed
 from gauge_ext.checkpoint.assembly import describe_pairs
+from gauge_ext.checkpoint.describing import EMBEDDINGS, describe, plain_paths
 from gauge_ext.checkpoint.fields import to_peft
 from gauge_ext.checkpoint.format import (
     CARD_NAME,
@@ -43,14 +40,10 @@ from gauge_ext.checkpoint.staging import staged_folder, write_bytes
 from gauge_ext.errors import AdapterMismatchError, AdapterStateError, ConfigError, NonFiniteError
 from gauge_ext.models.adapted import (
     adapter_config,
-    base_modules,
     unwrap,
     whole_parameters,
 )
 from gauge_ext.models.tied import tied_layers
-
-# Names of the modules whose base weight PEFT saves along where they are adapted.
-_EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
 
 
 def save_adapter(
@@ -146,7 +139,7 @@ def save_adapter(
         save_embedding_layers = False
     if save_embedding_layers == "auto":
         targeted = config.target_modules
-        save_embedding_layers = not isinstance(targeted, str) and bool({*targeted} & _EMBEDDINGS)
+        save_embedding_layers = not isinstance(targeted, str) and bool({*targeted} & EMBEDDINGS)
     if save_embedding_layers:
         whole |= _embeddings(inner, layers)
     names = file_names(layers)
@@ -232,61 +225,6 @@ def _write(
         if not (Path(path) / CARD_NAME).exists():
             write_bytes(folder / CARD_NAME, _card(written, pairs).encode())
     return Path(path)
-
-
-def describe(model: nn.Module, config: LoRAConfig, layers: Collection[str]) -> LoRAConfig:
-    """Return ``config`` with targets that mean exactly ``layers`` to every reader.
-
-    "all-linear" is spelled out, as PEFT does: readers differ in what they leave out. The shortest
-    form is chosen that is exact: last parts of the paths, else whole paths, else an expression.
-    """
-    names = plain_paths(model)
-    able = {
-        name
-        for name, m in base_modules(model).items()
-        if name in layers or ((variant := variant_for(m)) and variant.kind != "out_proj")
-    }
-    meant = {name for name in able if config.selects(name)}
-    if heads := {name for name in tied_layers(model) if name in layers} - meant:
-        meant |= heads if _are_tied_by_peft(model, config, heads) else set()
-    if not config.is_all_linear and meant == set(layers):
-        return config
-    tails: dict[str, bool] = {}
-    for name in names:
-        tail = name.rpartition(".")[2]
-        tails[tail] = tails.get(tail, True) and name in layers
-    ends = [(name, name.rpartition(".")[2]) for name in layers]
-    targets: Sequence[str] = [tail if tails[tail] else name for name, tail in ends]
-    if {name for name in names if patterns.selects(targets, name)} != set(layers):
-        targets = "|".join(re.escape(name) for name in layers)
-    return dataclasses.replace(
-        config,
-        target_modules=targets,
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-    )
-
-
-def _are_tied_by_peft(model: nn.Module, config: LoRAConfig, heads: Collection[str]) -> bool:
-    """Whether PEFT finds by itself, without their names, that these have the embedding's adapter.
-
-    It does where a target has one of two names, and the model's class says that they are tied.
-    """
-    targets, keys = config.target_modules, getattr(model, "_tied_weights_keys", None) or ()
-    ends = [targets] if isinstance(targets, str) else [t.rpartition(".")[2] for t in targets]
-    named = any(re.fullmatch(end, name) for end in ends for name in _EMBEDDINGS)
-    return named and all(f"{head}.weight" in keys for head in heads)
-
-
-def plain_paths(model: nn.Module) -> list[str]:
-    """Return the paths of a model's modules as they are without adapters that hold their base."""
-    wrapped = [name for name, m in model.named_modules() if isinstance(m, WrappedAdapter)]
-    return [
-        name
-        for name in base_modules(model)
-        if name and not any(name.startswith(f"{path}." if path else "") for path in wrapped)
-    ]
 
 
 def _check(name: str, pair: LoRAPair, rank: int, scaling: float, config: LoRAConfig) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gauge_ext.adapters import LoRAConfig, LoRALinear
 from gauge_ext.checkpoint import load_adapter, read_adapter, save_adapter
-from gauge_ext.checkpoint.write import describe
+from gauge_ext.checkpoint.describing import describe
 from gauge_ext.errors import AdapterStateError, ConfigError, NonFiniteError, WriteError
 from gauge_ext.models import adapter_parameters, attach, detach, find_targets, merge
 
