@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gauge_ext import ops
+from gauge_ext.adapters import dora
 from gauge_ext.adapters.rows import Rows, require_samples
 from gauge_ext.errors import AdapterStateError
 
@@ -99,7 +100,11 @@ def _dora(
     layer: NamedAdapters, slot: AdapterSlot, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """One DoRA alone: the gain scales base and branch together, as they come out of one op."""
-    return ops.dora_scale(fused(x, weight, None, layer.branch(slot)), layer.gain(slot), bias)
+    branch = layer.branch(slot)
+    # layer.gain() would look up again what is here already.
+    norms = ops.dora_row_norms(weight, branch.lora_A, branch.lora_B, branch.scaling)
+    gain = dora.gain(slot.lora_magnitude, norms)
+    return ops.dora_scale(fused(x, weight, None, branch), gain, bias)
 
 
 def _linear_by_rows(

@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad,
           needs_gain ? mutable_data_of<acc_t>(sums) + piece * n.out_features : nullptr);
     });
     if (needs_gain) {
-      grad_gain = sums.sum(0).to(gain.scalar_type());
+      grad_gain = (sums.size(0) == 1 ? sums.squeeze(0) : sums.sum(0)).to(gain.scalar_type());
     }
   });
   return {grad_y, grad_gain};
