@@ -70,6 +70,8 @@ def run(task: str, folder: Path, kind: str) -> Cost:
     command = [sys.executable, str(script), task, str(folder), kind]
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+    # An installed package is compiled to bytecode when it is installed, not each time it is used.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     start = time.perf_counter()
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

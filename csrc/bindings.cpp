@@ -1,12 +1,16 @@
-// The Python module gauge_ext._C: it tells how the extension was built, and nothing else.
+// The Python module gauge_ext._C: it tells how the extension was built, and has what works without
+// torch.
 //
-// It is not linked to torch, so it loads whatever torch is installed; gauge_ext/_load.py compares
-// that torch with the one named here before it loads the ops, whose symbols depend on it.
+// It is not linked to torch, so it loads whatever torch is installed, and where none is imported;
+// gauge_ext/_load.py compares that torch with the one named here before it loads the ops, whose
+// symbols depend on it.
 
 #include <pybind11/pybind11.h>
 
 #include <sstream>
 #include <string>
+
+#include "blocks/bindings.h"
 
 namespace gauge_ext {
 namespace {
@@ -43,9 +47,10 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "How the compiled part of gauge_ext was built.";
+  m.doc() = "How the compiled part of gauge_ext was built, and what of it needs no torch.";
   m.def("build_info", &build_info,
         "Returns compiler, flags, instruction sets and the torch version built against.");
+  bind_blocks(m);
 }
 
 }  // namespace gauge_ext

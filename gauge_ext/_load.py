@@ -2,7 +2,8 @@
 
 ``_ops`` is linked to torch's C++ libraries, whose ABI lasts one minor release: loaded under another
 it dies of an undefined symbol, or worse. So the small module ``_C``, which is linked to nothing, is
-imported first and tells which torch the build was made for; only then is ``_ops`` loaded.
+imported first (:mod:`gauge_ext._native`) and tells which torch the build was made for; only then is
+``_ops`` loaded.
 
 Without a usable build the package still works: its ops are then computed by plain torch, with one
 :class:`ExtensionWarning`. ``GAUGE_EXT_REQUIRE_COMPILED=1`` turns that into an error.
@@ -11,12 +12,7 @@ Without a usable build the package still works: its ops are then computed by pla
 from __future__ import annotations
 
 import functools
-import importlib.machinery
-import importlib.util
-import os
 import re
-import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,14 +20,10 @@ from typing import Any
 
 import torch
 
-from gauge_ext.errors import ExtensionError
+from gauge_ext import _native
+from gauge_ext._native import ExtensionWarning
 
-_FOLDER = Path(__file__).resolve().parent
-_SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
-
-
-class ExtensionWarning(UserWarning):
-    """The compiled ops are not used: missing, or built against another torch."""
+__all__ = ["ExtensionStatus", "ExtensionWarning", "load", "status"]
 
 
 @dataclass(frozen=True)
@@ -73,15 +65,8 @@ def load() -> ExtensionStatus:
         ExtensionError: Nothing usable was found and ``GAUGE_EXT_REQUIRE_COMPILED`` is 1.
     """
     found = status()
-    if found.compiled or found.reason is None:
-        return found
-    if os.environ.get("GAUGE_EXT_REQUIRE_COMPILED", "0") not in ("", "0"):
-        raise ExtensionError(found.reason, hint=found.mend)
-    warnings.warn(
-        f"{found.reason} The ops run in plain torch: right, but slower. {found.mend}",
-        ExtensionWarning,
-        stacklevel=2,
-    )
+    if found.reason is not None:
+        _native.say_missing(found.reason, found.mend, "The ops run in plain torch")
     return found
 
 
@@ -89,36 +74,31 @@ def load() -> ExtensionStatus:
 def status() -> ExtensionStatus:
     """Like :func:`load`, but neither warns nor raises: the reason is in what it returns."""
     found_torch = str(torch.__version__)
-    module = _FOLDER / f"_C{_SUFFIX}"
-    reason: str | None
-    mend: str | None
-    if not module.is_file():
-        reason, mend = _explain_missing()
-        return ExtensionStatus(False, _FOLDER, None, found_torch, reason=reason, mend=mend)
-    try:
-        info = _read_build_info(module)
-    except ImportError as error:
-        reason = f"{module} cannot be loaded: {error}."
-        mend = _type(_rebuild())
-        return ExtensionStatus(False, module, None, found_torch, reason=reason, mend=mend)
-
+    native = _native.find()
+    if native.module is None:
+        return ExtensionStatus(
+            False, native.path, None, found_torch, reason=native.reason, mend=native.mend
+        )
+    info: Mapping[str, Any] = native.module.build_info()
     built_torch = info["torch"]
-    library = _FOLDER / f"_ops{_SUFFIX}"
-    reason = mend = None
+    library = _native.FOLDER / f"_ops{_native.SUFFIX}"
+    reason: str | None = None
+    mend: str | None = None
     if _minor(built_torch) != _minor(found_torch):
         reason = (
-            f"The compiled gauge_ext in {_FOLDER} was built against torch {built_torch}, but torch"
-            f" {found_torch} is installed."
+            f"The compiled gauge_ext in {_native.FOLDER} was built against torch {built_torch}, but"
+            f" torch {found_torch} is installed."
         )
         other = f"pip install 'torch=={_minor(built_torch)}.*'"
-        mend = f"{_type(_rebuild())} (or go back to the other torch: {other})"
+        again = _native.type_this(_native.rebuild())
+        mend = f"{again} (or go back to the other torch: {other})"
     else:
         try:
             torch.ops.load_library(library)
         except OSError as error:
             # torch wraps the loader's message, which names the missing file or symbol.
             reason = f"{library} cannot be loaded: {error.__cause__ or error}."
-            mend = _type(_rebuild())
+            mend = _native.type_this(_native.rebuild())
     return ExtensionStatus(
         compiled=reason is None,
         path=library,
@@ -130,60 +110,7 @@ def status() -> ExtensionStatus:
     )
 
 
-def _read_build_info(path: Path) -> Mapping[str, Any]:
-    """Imports ``_C`` from this very file.
-
-    An ordinary import may find another folder's: where gauge_ext is also installed in editable
-    form, its import hook answers for a ``gauge_ext._C`` that is missing here.
-    """
-    spec = importlib.util.spec_from_file_location("gauge_ext._C", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    info: Mapping[str, Any] = module.build_info()
-    return info
-
-
 def _minor(version: str) -> str:
     """``2.13.0+cpu`` -> ``2.13``, the part that the ABI hangs on."""
     found = re.match(r"\d+\.\d+", version)
     return found[0] if found else version
-
-
-def _source_root() -> Path | None:
-    """The repository that this package is imported from, or None for an installed one."""
-    root = _FOLDER.parent
-    return root if (root / "CMakeLists.txt").is_file() and (root / "csrc").is_dir() else None
-
-
-def _rebuild() -> str:
-    root = _source_root()
-    if root is not None:
-        return f"pip install --no-build-isolation --no-deps -e {root}"
-    return "pip install --force-reinstall --no-deps FOLDER, with the folder of gauge_ext's sources"
-
-
-def _type(command: str) -> str:
-    return f"Type: {command}"
-
-
-def _explain_missing() -> tuple[str, str]:
-    """Returns why there is no ``_C`` for this Python in this folder, and the mend."""
-    for_others = sorted(_FOLDER.glob("_C.*.so"))
-    if for_others:
-        names = ", ".join(path.name for path in for_others)
-        reason = f"{_FOLDER} has {names}, but this Python loads _C{_SUFFIX} only."
-        return reason, _type(_rebuild())
-    reason = f"There is no compiled gauge_ext in {_FOLDER}."
-    root = _source_root()
-    if root is not None:
-        # Started in the repository after a plain `pip install .`: ./gauge_ext hides the installed.
-        for entry in sys.path:
-            other = Path(entry or ".").resolve() / "gauge_ext"
-            if other != _FOLDER and (other / f"_C{_SUFFIX}").is_file():
-                reason += (
-                    f" The compiled one in {other} is hidden, as Python was started in {root}."
-                )
-                return reason, f"{_type(_rebuild())} (or start Python in another folder)"
-    return reason, _type(_rebuild())

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # "" is gauge_ext/__init__.py, which collects the public names.
 LAYERS = (
     ("_version", "_lazy", "errors", "html"),
+    ("_native",),
     ("_load",),
     ("ops",),
     ("geometry", "optim"),

@@ -10,12 +10,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from gauge_ext import _load
+from gauge_ext import _load, _native
 from gauge_ext.errors import ExtensionError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,16 +28,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An installed package without a build, which _load believes to be its own."""
     package = tmp_path / "site-packages" / "gauge_ext"
     package.mkdir(parents=True)
-    monkeypatch.setattr(_load, "_FOLDER", package)
+    monkeypatch.setattr(_native, "FOLDER", package)
     monkeypatch.delenv("GAUGE_EXT_REQUIRE_COMPILED", raising=False)
     # The build under test must not be found as "the installed one".
     elsewhere = [entry for entry in sys.path if not (Path(entry) / "gauge_ext").is_dir()]
     monkeypatch.setattr(sys, "path", elsewhere)
-    _load.load.cache_clear()
-    _load.status.cache_clear()
+    cached = (_load.load, _load.status, _native.load, _native.find)
+    for function in cached:
+        function.cache_clear()
     yield package
-    _load.load.cache_clear()
-    _load.status.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 def pretend_built_against(
@@ -44,7 +46,8 @@ def pretend_built_against(
 ) -> dict[str, Any]:
     info = {"torch": torch_version, "capabilities": ("DEFAULT",)}
     (folder / f"_C{SUFFIX}").touch()
-    monkeypatch.setattr(_load, "_read_build_info", lambda path: info)
+    module = SimpleNamespace(build_info=lambda: info)
+    monkeypatch.setattr(_native, "import_file", lambda path: module)
     return info
 
 
@@ -71,12 +74,21 @@ def test_missing_build_warns_once_and_says_what_to_type(folder: Path) -> None:
     assert found.found_torch == torch.__version__
 
 
+def test_what_needs_no_torch_warns_once_too(folder: Path) -> None:
+    with pytest.warns(_load.ExtensionWarning, match="numpy: right, but slower.*pip install"):
+        assert _native.load() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _native.load() is None
+
+
+@pytest.mark.parametrize("module", [_load, _native])
 def test_missing_build_is_an_error_where_one_is_required(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    module: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GAUGE_EXT_REQUIRE_COMPILED", "1")
     with pytest.raises(ExtensionError, match=r"There is no compiled gauge_ext in .*pip install"):
-        _load.load()
+        module.load()
 
 
 def test_status_neither_warns_nor_raises(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

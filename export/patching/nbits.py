@@ -1,9 +1,8 @@
-"""Block-quantized weights: decoded, changed, and encoded again with as little loss as possible.
+"""Block-quantized weights in files: read some rows at a time, changed, and written.
 
 ``com.microsoft.MatMulNBits`` stores W ``(N, K)`` as codes q in blocks along K, with a scale s and a
-zero point z for each block: ``W = (q - z) s``, z = 2^(bits-1) where none is given. A changed block
-gets either its old scale and zero point or new ones that span its values, whichever errs less in
-the sum of squares: a block that the update does not touch stays as it is, code by code.
+zero point z for each block: ``W = (q - z) s``, z = 2^(bits-1) where none is given. How changed
+blocks are rounded to codes is said in :mod:`block_rounding`.
 
 Source: onnxruntime, docs/ContribOperators.md, MatMulNBits.
 """
@@ -16,10 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gauge_ext import _native
 from gauge_ext.errors import ConfigError, NonFiniteError
 from gauge_ext.export.disk.numbers import BY_ONNX, Array, Number
 from gauge_ext.export.disk.onnx_file import OnnxFile, StoredTensor
 from gauge_ext.export.disk.spans import opened, read_into, write_all
+from gauge_ext.export.patching.block_rounding import Sums, change_rows, change_rows_in_numpy
 from gauge_ext.export.patching.sites import Blocks, Site
 from gauge_ext.export.patching.update import LowRank, Place, row_blocks
 
@@ -169,86 +170,36 @@ def requantize(name: str, weight: Quantized, update: LowRank, targets: list[Plac
     Raises:
         NonFiniteError: the weight or the sum holds NaN or infinity.
     """
-    blocks, n = weight.blocks, weight.count
     update = update.astype(np.dtype("<f4"))
-    error = moved = total = 0.0
+    native = _native.load()
+    # What of a row is in work at once: in numpy several arrays of decoded numbers; in compiled code
+    # a part of what is stored, and A is put in order anew for every few rows.
+    width = 16 * weight.count * weight.blocks.size if native is None else sum(weight.row_bytes) // 4
+    sums = Sums()
     with ExitStack() as stack:
         spans = [part.span for part in weight.parts if part.span is not None]
         readers = [stack.enter_context(opened(span.path)) for span in spans]
         writers = [stack.enter_context(opened(target.path, os.O_RDWR)) for target in targets]
-        # A quarter of the rows: decoding and two encodings take several arrays of that size.
-        for start, stop in row_blocks(blocks.rows, 4 * n * blocks.size):
-            codes, scales, zero = weight.decode(read_rows(weight, readers, start, stop))
-            wanted = (codes - zero) * scales
-            flat = wanted.reshape(stop - start, -1)[:, : blocks.columns]
-            change = -flat
-            flat += update.rows(start, stop)
-            update.rescale(flat, start)
-            change += flat
-            if not np.isfinite(wanted).all():
+        for start, stop in row_blocks(weight.blocks.rows, width, 1):
+            raw = read_rows(weight, readers, start, stop)
+            if native is None:
+                sums += change_rows_in_numpy(weight, update, raw, start)
+            else:
+                sums += change_rows(native, weight, update, raw, start)
+            if not sums.finite:
                 raise NonFiniteError(
                     f"{name} or its sum with the update holds NaN or infinity.",
                     hint="Nothing was written.",
                 )
-            codes, scales, zero, lost = _encode(weight, wanted, scales, zero)
             for writer, target, row, content in zip(
-                writers,
-                targets,
-                weight.row_bytes,
-                weight.encode(codes, scales, zero),
-                strict=True,
+                writers, targets, weight.row_bytes, raw, strict=True
             ):
-                write_all(
-                    writer,
-                    target.offset + start * row,
-                    np.ascontiguousarray(content).data.cast("B"),
-                )
-            error += lost
-            moved += float(np.vdot(change, change))
-            total += float(np.vdot(wanted, wanted))
-    return Loss((error / moved) ** 0.5 if moved else 0.0, (error / total) ** 0.5 if total else 0.0)
+                write_all(writer, target.offset + start * row, content.data.cast("B"))
+    return Loss(_root(sums.error, sums.moved), _root(sums.error, sums.total))
 
 
-def _encode(
-    weight: Quantized, wanted: Array, scales: Array, zero: Array
-) -> tuple[Array, Array, Array, float]:
-    """Codes, scales and zero points that err least among the old and the new, and the error."""
-    top = 2**weight.blocks.bits - 1
-    fresh, fresh_zero = _span_values(weight, wanted)
-    codes, errors = _round(wanted, scales, zero, top)
-    new_codes, new_errors = _round(wanted, fresh, fresh_zero, top)
-    better = new_errors < errors
-    return (
-        np.where(better, new_codes, codes),
-        np.where(better, fresh, scales),
-        np.where(better, fresh_zero, zero),
-        float(np.where(better, new_errors, errors).sum(dtype="<f8")),
-    )
-
-
-def _round(wanted: Array, scales: Array, zero: Array, top: int) -> tuple[Array, Array]:
-    steps = wanted / np.where(scales == 0, np.float32(1), scales)
-    codes = np.clip(np.rint(steps + zero), 0, top)
-    difference = (codes - zero) * scales - wanted
-    errors = np.einsum("rbk,rbk->rb", difference, difference)[..., None]
-    return codes.astype("u1"), errors
-
-
-def _span_values(weight: Quantized, wanted: Array) -> tuple[Array, Array]:
-    """Scales and zero points with which each block's values just fit, as they will be stored."""
-    bits = weight.blocks.bits
-    middle = np.float32(2 ** (bits - 1))
-    low, high = wanted.min(-1, keepdims=True), wanted.max(-1, keepdims=True)
-    if weight.zero_points is None:
-        # The largest value in magnitude is -middle steps away from zero, where there is one more.
-        scales = np.where(-low > high, low, high) / -middle
-        zero = np.full_like(scales, middle)
-    else:
-        low, high = np.minimum(low, 0), np.maximum(high, 0)
-        scales = (high - low) / np.float32(2**bits - 1)
-        zero = np.rint(-low / np.where(scales == 0, np.float32(1), scales))
-        zero = np.clip(zero, 0, 2**bits - 1)
-    return weight.number.decode(weight.number.encode(scales.astype("<f4"))), zero.astype("<f4")
+def _root(part: float, whole: float) -> float:
+    return (part / whole) ** 0.5 if whole else 0.0
 
 
 def _unpack(raw: Array, bits: int) -> Array:

@@ -13,7 +13,8 @@ Capability capability();
 }  // namespace gauge_ext
 
 // GAUGE_EXT_EACH_CAPABILITY(DO) is DO(NAMESPACE) for every instruction set that was compiled;
-// GAUGE_EXT_CHOOSE(TABLE) returns TABLE out of the namespace of the one that runs.
+// GAUGE_EXT_CHOOSE(TABLE) returns TABLE out of the namespace of the one that runs, and
+// GAUGE_EXT_CHOOSE_FOR(CAPABILITY, TABLE) out of that of another.
 #ifdef GAUGE_EXT_HAS_AVX2
 #define GAUGE_EXT_IF_AVX2(...) __VA_ARGS__
 #else
@@ -28,10 +29,11 @@ Capability capability();
 #define GAUGE_EXT_EACH_CAPABILITY(DO) \
   DO(DEFAULT) GAUGE_EXT_IF_AVX2(DO(AVX2)) GAUGE_EXT_IF_AVX512(DO(AVX512))
 
-#define GAUGE_EXT_CHOOSE(TABLE)                                           \
-  switch (capability()) {                                                 \
+#define GAUGE_EXT_CHOOSE_FOR(CAPABILITY, TABLE)                           \
+  switch (CAPABILITY) {                                                   \
     GAUGE_EXT_IF_AVX512(case Capability::kAvx512 : return AVX512::TABLE;) \
     GAUGE_EXT_IF_AVX2(case Capability::kAvx2 : return AVX2::TABLE;)       \
     default:                                                              \
       return DEFAULT::TABLE;                                              \
   }
+#define GAUGE_EXT_CHOOSE(TABLE) GAUGE_EXT_CHOOSE_FOR(capability(), TABLE)

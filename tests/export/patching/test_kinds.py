@@ -175,8 +175,8 @@ def test_the_lengths_of_a_row_of_zeros(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_dora_in_blocks(bits, tmp_path, monkeypatch):
-    monkeypatch.setattr(update_module, "CHUNK", 4 * 4 * 96 * 5)
+def test_dora_in_blocks(bits, few_rows, tmp_path):
+    few_rows(5, decoded=96, stored=96 * bits // 8 + 3 * 4 + (3 * bits + 7) // 8)
     weight = np.random.default_rng(3).standard_normal((24, 80)).astype("f4")
     base, held = write_quantized(tmp_path / "b.onnx", weight, bits=bits, size=32, with_zero=True)
     adapter = tmp_path / "adapter"

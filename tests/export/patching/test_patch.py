@@ -154,8 +154,8 @@ def test_what_was_done_is_in_the_file_and_adds_up(tmp_path):
 @pytest.mark.parametrize("external", [False, True], ids=["inside", "outside"])
 @pytest.mark.parametrize("with_zero", [False, True], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_blocks(bits, with_zero, external, tmp_path, monkeypatch):
-    monkeypatch.setattr(update_module, "CHUNK", 4 * 4 * 96 * 5)
+def test_blocks(bits, with_zero, external, few_rows, tmp_path):
+    few_rows(5, decoded=96, stored=96 * bits // 8 + 3 * 4 + (3 * bits + 7) // 8 * with_zero)
     weight = np.random.default_rng(3).standard_normal((24, 80)).astype("f4")
     base, held = write_quantized(
         tmp_path / "b.onnx", weight, bits=bits, size=32, with_zero=with_zero, external=external
@@ -177,6 +177,7 @@ def test_blocks(bits, with_zero, external, tmp_path, monkeypatch):
     assert error <= 1.01 * np.linalg.norm(fresh - held - update)
 
 
+@pytest.mark.usefixtures("few_rows")
 def test_blocks_that_an_update_does_not_touch_stay(tmp_path):
     weight = np.random.default_rng(3).standard_normal((16, 64)).astype("f4")
     base, _ = write_quantized(tmp_path / "b.onnx", weight, bits=4, size=32, with_zero=True)
@@ -185,6 +186,23 @@ def test_blocks_that_an_update_does_not_touch_stay(tmp_path):
     old, new = arrays_of(base), arrays_of(tmp_path / "o.onnx")
     assert all(np.array_equal(old[name], new[name]) for name in old)
     assert report.weights[0].loss.of_weight < 1e-6
+
+
+def test_blocks_with_numbers_that_are_none_are_refused(few_rows, tmp_path, listing):
+    few_rows(3, decoded=64, stored=64 // 2 + 2 * 4 + 1)
+    weight = np.random.default_rng(3).standard_normal((16, 64)).astype("f4")
+    base, _ = write_quantized(tmp_path / "b.onnx", weight, bits=4, size=32, with_zero=True)
+    model = onnx.load(str(base))
+    (held,) = (t for t in model.graph.initializer if t.name == "a.weight_scales")
+    scales = onnx.numpy_helper.to_array(held).copy()
+    scales[13] = np.nan
+    held.CopyFrom(onnx.numpy_helper.from_array(scales, held.name))
+    onnx.save(model, str(base))
+    write_adapter(tmp_path / "adapter", {"a": (16, 64)})
+    before = listing()
+    with pytest.raises(NonFiniteError, match=r"a\.weight_Q4 or its sum .* Nothing was written"):
+        patch_onnx(base, tmp_path / "adapter", tmp_path / "o.onnx")
+    assert listing() == before
 
 
 def test_a_wrong_sum_is_caught(tmp_path, monkeypatch):
@@ -258,6 +276,12 @@ print(peak() - before)
 """
 
 
+_IN_NUMPY = """
+from gauge_ext import _native
+_native.load = lambda: None
+"""
+
+
 @pytest.mark.parametrize("external", [False, True], ids=["inside", "outside"])
 def test_memory_stays_small(external, tmp_path):
     weights = {f"layers.{i}.q": np.zeros((4096, 3072), "f4") for i in range(5)}
@@ -275,7 +299,8 @@ def test_memory_stays_small(external, tmp_path):
     assert 0 < float(done.stdout) < 64
 
 
-def test_blocks_are_never_all_decoded_at_once(tmp_path):
+@pytest.mark.parametrize("path", ["compiled", "numpy"])
+def test_blocks_are_never_all_decoded_at_once(path, tmp_path):
     rows = columns = 4096
     codes = np.random.default_rng(0).integers(0, 256, (rows, columns // 32, 32), dtype=np.uint8)
     scales = np.full(codes[..., 0].size, 0.01, "f4")
@@ -302,7 +327,8 @@ def test_blocks_are_never_all_decoded_at_once(tmp_path):
     base = tmp_path / "b.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), str(base))
     write_adapter(tmp_path / "adapter", {"a": (rows, columns)})
-    command = [sys.executable, "-c", _MEASURED, base, tmp_path / "adapter", tmp_path / "o.onnx"]
+    measured = _MEASURED if path == "compiled" else _IN_NUMPY + _MEASURED
+    command = [sys.executable, "-c", measured, base, tmp_path / "adapter", tmp_path / "o.onnx"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 0 < float(done.stdout) < 48  # in float32 the weight alone takes 64
