@@ -19,8 +19,7 @@ Capability capability() {
     }
 #endif
 #ifdef GAUGE_EXT_HAS_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
       return Capability::kAvx2;
     }
 #endif

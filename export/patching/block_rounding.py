@@ -5,7 +5,7 @@ whichever errs less in the sum of squares: a block that the update does not touc
 code by code.
 
 The formulas stand here in numpy. They are what the compiled loops of ``csrc/blocks`` are tested
-against, which take a fifteenth of the time, and what runs where nothing is compiled.
+against, which take a thirtieth of the time, and what runs where nothing is compiled.
 """
 
 from __future__ import annotations
