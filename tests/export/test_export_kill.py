@@ -14,7 +14,7 @@ from onnx_layouts import arrays_of
 from torch import nn
 
 import gauge_ext
-from gauge_ext.export import export_onnx, write_onnx_adapter
+from gauge_ext.export import export_onnx, quantize_onnx, write_onnx_adapter
 from gauge_ext.export.adapters.file import read_table
 from gauge_ext.export.adapters.read import read_arrays
 
@@ -71,6 +71,30 @@ def test_export_onnx(external, tmp_path):
     beside = [file.name for file in folder.iterdir() if file != out]
     assert len(beside) == int(external)
     assert all(name.endswith(".data") for name in beside)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_quantize_onnx(precision, tmp_path):
+    graphs, out = [tmp_path / f"{seed}.onnx" for seed in (0, 1)], tmp_path / "out" / "m.onnx"
+    for seed, graph in enumerate(graphs):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(48, 40), nn.Tanh())
+        export_onnx(model, (torch.ones(2, 48),), graph, validate=False)
+    quantize_onnx(graphs[0], out, precision)
+    old = weights(out)
+    source = f"""
+from gauge_ext.export import quantize_onnx
+work = lambda: quantize_onnx({str(graphs[1])!r}, OUT, {precision!r})
+"""
+    states = killed(source, out)
+    new = weights(out)
+    assert old != new == states[-1]
+    assert states[0] == old
+    assert all(state in (old, new) for state in states)
+    assert len(states) > 5
+    (found,) = onnxruntime.InferenceSession(str(out)).run(None, {"input": np.ones((2, 48), "f4")})
+    np.testing.assert_allclose(found, model(torch.ones(2, 48)).detach().numpy(), atol=0.2)
+    assert [file.name for file in out.parent.iterdir()] == [out.name]
 
 
 @pytest.mark.parametrize("suffix", ["onnx_adapter", "safetensors"])
