@@ -12,6 +12,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
@@ -38,8 +39,8 @@ BASE_GOAL, PEFT_GOAL = 1.10, 7.0
 
 def competitors(
     rows: int, adapters: int, inner: int, out: int, rank: int
-) -> dict[str, Callable[[], object]]:
-    """Return what computes the same batch, by name."""
+) -> tuple[dict[str, Callable[[], object]], AbstractContextManager[object]]:
+    """Return what computes the same batch, by name, and the context in which it does."""
     torch.manual_seed(0)
     base = nn.Linear(inner, out).requires_grad_(False)
     x = torch.randn(rows, inner)
@@ -70,8 +71,6 @@ def competitors(
         hidden = torch.bmm(stacked_A[index], x.unsqueeze(2))
         return base(x) + torch.bmm(stacked_B[index], hidden).squeeze(2)
 
-    rows_of = adapter_rows(ours, names)
-    rows_of.__enter__()  # for as long as this batch is measured
     found = {
         BASE: lambda: base(x),
         OURS: lambda: lora_gather(x, base.weight, base.bias, a, b, scaling, index),
@@ -79,11 +78,14 @@ def competitors(
         PEFT: lambda: theirs[0](x, adapter_names=names),
         BMM: bmm,
     }
-    with torch.no_grad():
-        expected = bmm()
-        for name in (OURS, MODULE, PEFT):
-            torch.testing.assert_close(found[name](), expected, rtol=1e-3, atol=1e-3)
-    return found
+    return found, adapter_rows(ours, names)
+
+
+def require_same(found: dict[str, Callable[[], object]]) -> None:
+    """Refuse to time what does not compute the same."""
+    expected = found[BMM]()
+    for name in (OURS, MODULE, PEFT):
+        torch.testing.assert_close(found[name](), expected, rtol=1e-3, atol=1e-3)
 
 
 def main(
@@ -104,8 +106,11 @@ def main(
         table.add_column(column, justify="right")
     figures = []
     for shape in QUICK if quick else FULL:
-        with torch.no_grad():
-            timings = interleaved(competitors(*shape, rank), BASE, rounds=rounds)
+        found, rows_apart = competitors(*shape, rank)
+        with torch.no_grad(), rows_apart:
+            require_same(found)
+            timings = interleaved(found, BASE, rounds=rounds)
+            require_same(found)
         ratio = {name: timings[name].ratio for name in (OURS, MODULE, BMM, PEFT)}
         figures.append({"shape": shape, "base_us": timings[BASE].median * 1e6, "ratio": ratio})
         rows, adapters, inner, out = shape
