@@ -112,8 +112,9 @@ def _linear_by_rows(
 ) -> Tensor:
     slots, index = slots_of_rows(layer, rows), rows.numbers
     require_samples(x, rows)
-    shifted = any(slot.branch_bias is not None for slot in slots)
-    scaled = any(slot.has_magnitude for slot in slots)
+    plain = all(slot.has_two_factors for slot in slots)
+    shifted = not plain and any(slot.branch_bias is not None for slot in slots)
+    scaled = not plain and any(slot.has_magnitude for slot in slots)
     apart = shifted or scaled
     factors = [slot.factors() for slot in slots]
     y = ops.lora_gather(
@@ -143,7 +144,8 @@ def slots_of_rows(layer: NamedAdapters, rows: Rows) -> list[AdapterSlot]:
     Raises:
         AdapterStateError: Training with dropout, of which there is no mask by rows.
     """
-    slots = [layer.adapter(name) for name in rows.names]
+    own, further = layer.own_name, layer.further  # looked up once: there may be a name for each row
+    slots = [layer if name == own else further[name] for name in rows.names]
     if layer.training and any(slot.dropout_p > 0.0 for slot in slots):
         raise AdapterStateError(
             f"a different adapter for each row has no dropout in training, at {rows.path!r}.",
