@@ -208,6 +208,7 @@ class NamedAdapters(AdapterParts):
 
     def __getstate__(self) -> Any:
         # Rows are of one batch, not of the layer.
+        # torch has no types for it.
         state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
         state.pop("apart", None)
         if state.pop("rows", None) is not None:

@@ -198,6 +198,7 @@ class LoRAHolder(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle a module whose class was made at run time by what it was made of."""
         # torch has no types for __getstate__.
+        # torch has no types for __getstate__().
         return _rebuild, (type(self).held_class,), self.__getstate__()  # type: ignore[no-untyped-call]
 
 

@@ -55,8 +55,11 @@ class AdapterParts(AdapterSlot):
 
     @classmethod
     def factor_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of lora_A and lora_B of a rank on ``module``, adapted or not."""
-        raise NotImplementedError
+        """Return the shapes of lora_A and lora_B of a rank on ``module``, adapted or not.
+
+        Each kind of layer defines it.
+        """
+        raise NotImplementedError(f"{cls.__name__} defines no factor_shapes()")
 
     @property
     def blocks(self) -> int:

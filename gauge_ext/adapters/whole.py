@@ -141,14 +141,17 @@ class WholeModule(NamedAdapters):
                 hint="Use torch.nn.parallel.DistributedDataParallel.",
             )
         # torch has no types for it, nor for the two below.
+        # torch has no types for it.
         return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         move_along(self._own, fn)
+        # torch has no types for it.
         return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> Any:
         # What the class of the module leaves out; rows are of one batch, not of the module.
+        # torch has no types for it.
         state = dict(super(NamedAdapters, self).__getstate__())  # type: ignore[no-untyped-call]
         state.pop("apart", None)
         if state.pop("rows", None) is not None:

@@ -177,6 +177,7 @@ def test_a_start_counts_against_the_update() -> None:
 @pytest.mark.parametrize("option", [{"use_dora": True}, {"lora_bias": True}])
 def test_more_than_two_factors_are_refused(option: dict[str, bool]) -> None:
     model = nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16))
+    # What each option takes is not in the type of a dictionary.
     attach(model, LoRAConfig(rank=2, **option))  # type: ignore[arg-type]
     for function in (merge_fidelity, merge_stochastic):
         with pytest.raises(TargetError, match=r"0 has a magnitude \(DoRA\) or a bias"):

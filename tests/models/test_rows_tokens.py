@@ -169,6 +169,7 @@ class Copies(TorchDispatchMode):
 
     count = 0
 
+    # The signature is torch's, which has no types.
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.count += func.overloadpacket is torch.ops.aten.index_copy
         return func(*args, **kwargs or {})
