@@ -4,9 +4,8 @@ onnxruntime and numpy are enough to run it. onnxruntime's own way with adapters 
 wrong outputs without a word: of two active adapters with the same tensors the first wins; an
 adapter wins over a feed of the same name; ``run_with_iobinding`` and ``run_async`` overlook
 adapters; an adapter that Python has collected is none. Here the tensors of the one chosen adapter
-are fed with the inputs, from arrays that the session holds, and what would be a trap is an error.
-They stay numpy arrays, which ``run`` reads where they lie: of OrtValues Python checks each at every
-call, which costs a small model more than the adapter itself.
+are bound as inputs (:mod:`bound`), from arrays that the session holds, and what would be a trap is
+an error.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gauge_ext.errors import ConfigError, ExportError
+from gauge_ext.export.adapters.bound import BoundAdapter
 from gauge_ext.export.adapters.declared import session_table
 from gauge_ext.export.adapters.mix import mix
 from gauge_ext.export.adapters.table import AdapterTable, Arrays
@@ -73,14 +73,17 @@ class AdapterSession:
             )
         self.table = table
         self._session = session
-        taken = set(table.shapes)
-        self._inputs = {v.name: list(v.shape) for v in session.get_inputs() if v.name not in taken}
+        self._factors = frozenset(table.shapes)
+        self._inputs = {
+            v.name: list(v.shape) for v in session.get_inputs() if v.name not in self._factors
+        }
         self._outputs = {value.name: list(value.shape) for value in session.get_outputs()}
         self._lock = threading.Lock()
-        self._adapters: dict[str, Arrays] = {}
-        self._mixtures: dict[Hashable, Arrays] = {}  # the last few, by their weights
+        self._adapters: dict[str, BoundAdapter] = {}
+        self._mixtures: dict[Hashable, BoundAdapter] = {}  # the last few, by their weights
         # What is not fed has its default, which is no adapter.
-        self._nothing = {} if table.form == "optional" else table.nothing()
+        nothing: Arrays = {} if table.form == "optional" else table.nothing()
+        self._nothing = BoundAdapter(session, nothing)
         for name, source in (adapters or {}).items():
             self.add(name, source)
 
@@ -108,12 +111,13 @@ class AdapterSession:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"an adapter's name must be a text, got {name!r}.")
         arrays = read_arrays(self.table, source, f"the adapter {name!r}")
+        bound = BoundAdapter(self._session, arrays)
         with self._lock:
             if name in self._adapters:
                 raise ConfigError(
                     f"there is an adapter {name!r} already.", hint="Call remove() first."
                 )
-            self._adapters = {**self._adapters, name: arrays}
+            self._adapters = {**self._adapters, name: bound}
 
     def remove(self, name: str) -> None:
         """Forgets an adapter; calls that are under way finish with it.
@@ -151,7 +155,7 @@ class AdapterSession:
                 list that is not as long as the batch.
             ExportError: onnxruntime refuses to run.
         """
-        arrays = {name: np.asarray(array) for name, array in feeds.items()}
+        arrays = {name: np.asarray(array, order="C") for name, array in feeds.items()}
         self._check_feeds(arrays)
         wanted = list(self._outputs) if outputs is None else list(outputs)
         if unknown := [name for name in wanted if name not in self._outputs]:
@@ -179,9 +183,9 @@ class AdapterSession:
         )
 
     def _run(self, arrays: Arrays, choice: Choice, wanted: list[str]) -> dict[str, NDArray[Any]]:
-        fed = self._chosen(choice) | arrays
+        chosen = self._chosen(choice)
         try:
-            found = self._session.run(wanted, fed)
+            found = chosen.run(wanted, arrays)
         except Exception as error:  # onnxruntime's exceptions have no other common base
             raise ExportError(f"onnxruntime refuses to run: {str(error).strip()}") from error
         return dict(zip(wanted, found, strict=True))
@@ -240,7 +244,7 @@ class AdapterSession:
         return shape[0], arrays[name].shape[0]
 
     def _check_feeds(self, arrays: Arrays) -> None:
-        if clashes := [name for name in arrays if name in self.table.shapes]:
+        if clashes := [name for name in arrays if name in self._factors]:
             raise ConfigError(
                 f"{clashes[0]!r} is fed, and it belongs to the adapter: onnxruntime would let one "
                 "of the two win without a word.",
@@ -253,8 +257,8 @@ class AdapterSession:
         if missing := [name for name in self._inputs if name not in arrays]:
             raise ConfigError(f"the input {missing[0]!r} is not fed.")
 
-    def _chosen(self, choice: Choice) -> Arrays:
-        """The tensors to feed for a choice; mixtures are made once."""
+    def _chosen(self, choice: Choice) -> BoundAdapter:
+        """The tensors of a choice; mixtures are made once."""
         if choice is None:
             return self._nothing
         # One look at each, whatever other threads do.
@@ -265,7 +269,8 @@ class AdapterSession:
         if (mixed := mixtures.get(key := _key(choice))) is not None:
             return mixed
         self._require(list(choice), adapters)
-        mixed = mix(self.table, {name: (adapters[name], choice[name]) for name in choice})
+        parts = {name: (adapters[name].arrays, choice[name]) for name in choice}
+        mixed = BoundAdapter(self._session, mix(self.table, parts))
         with self._lock:
             if all(self._adapters.get(name) is adapters[name] for name in choice):
                 kept = list(self._mixtures.items())[1 - _MIXTURES :]

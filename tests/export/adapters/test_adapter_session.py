@@ -106,33 +106,6 @@ def x() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((4, 5, 6)).astype(np.float32)
 
 
-class Recorded:
-    """onnxruntime's session, which notes what it is fed."""
-
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self.session = session
-        self.fed: list[dict[str, object]] = []
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.session, name)
-
-    def run(self, outputs: list[str], feeds: dict[str, object]) -> list[np.ndarray]:
-        self.fed.append(feeds)
-        return self.session.run(outputs, feeds)
-
-
-def test_a_call_feeds_arrays_that_the_session_holds_and_none_that_has_a_default(made, x):
-    for form, idle in (("optional", set()), ("required", {"lora_A", "lora_B"})):
-        inner = Recorded(onnxruntime.InferenceSession(str(made.folder / f"{form}.onnx")))
-        session = AdapterSession(inner, {"a": made.folder / "a"})
-        for adapter in ("a", "a", None):
-            session.run({"x": x}, adapter)
-        first, second, none = inner.fed
-        assert {type(value) for value in first.values()} == {np.ndarray}
-        assert all(second[name] is first[name] for name in first)
-        assert {name.rpartition(".")[2] for name in none} == {"x", *idle}
-
-
 def test_each_call_has_its_adapter(session, made, x):
     assert session.adapters == ("a", "b")
     plain = session.run({"x": x})["y"]
