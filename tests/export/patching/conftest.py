@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gauge_ext import _native
@@ -21,3 +23,26 @@ def few_rows(request, monkeypatch):
         monkeypatch.setattr(update_module, "CHUNK", rows * row)
 
     return set_rows
+
+
+@pytest.fixture
+def base(llama, tmp_path) -> Path:
+    """The tiny Llama in three shards, with files that belong to it and files that do not."""
+    folder = tmp_path / "base"
+    llama.save_pretrained(folder, max_shard_size="6KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "notes.txt").write_text("kept")
+    (folder / "pytorch_model.bin").write_bytes(b"unmerged")
+    (folder / "sub" / "model.gguf").write_bytes(b"unmerged")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "junk").write_text("")
+    return folder
+
+
+@pytest.fixture
+def adapter(llama, make_peft_adapter) -> Path:
+    """PEFT's, of rank 3, for two of the tiny Llama's projections."""
+    return make_peft_adapter(llama, r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
