@@ -52,7 +52,9 @@ class NamedAdapters(AdapterParts):
     @property
     def further(self) -> dict[str, AdapterSlot]:
         """The adapters beside the first, by name."""
-        return cast("dict[str, AdapterSlot]", self._modules.get("slots") or {})
+        slots = self._modules.get("slots")
+        # The plain dict inside, as ModuleDict looks each name up by a method in Python.
+        return {} if slots is None else cast("dict[str, AdapterSlot]", slots._modules)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,12 @@ class AdapterSlot(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B of the update ``s B A``: with a start, ``[A; A0]`` and ``[B, -B0]``."""
         if not self._start_names:
-            return self.lora_A, self.lora_B
+            # A batch may ask this of many adapters: nn.Module.__getattr__ is most of the time then.
+            p = cast("dict[str, nn.Parameter]", self._parameters)
+            try:
+                return p["lora_A"], p["lora_B"]
+            except KeyError:  # torch.nn.utils.parametrize moves a parameter elsewhere
+                return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.lora_A0]), torch.cat([self.lora_B, -self.lora_B0], 1)
 
     @property
