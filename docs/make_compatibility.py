@@ -29,7 +29,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "checkpoint"))
 
-from peft_rows import ROWS, Row, run  # noqa: E402 - in the folder just named
+from peft_rows import ROWS  # noqa: E402 - in the folder just named
+from row_by_hand import Row, run  # noqa: E402 - there too
 
 from gauge_ext import load_adapter, save_adapter, set_adapters  # noqa: E402 - behind it
 from gauge_ext.errors import AdapterStateError, ConfigError  # noqa: E402 - behind it

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from peft_rows import ROWS, Row, run
+from peft_rows import ROWS
+from row_by_hand import Row, run
 from torch import nn
 
 from gauge_ext.adapters import LoRAConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from peft_rows import tied_llama
+from peft_tables import tied_llama
 from torch import Tensor, nn
 
 from gauge_ext.adapters import LoRAConfig, LoRALinear
