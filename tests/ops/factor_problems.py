@@ -5,16 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from gauge_ext import _load
-
 F64 = torch.float64
-compiled = pytest.mark.skipif(
-    not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
-)
 SHAPES = ((37, 29, 5), (64, 48, 8), (9, 9, 1), (80, 150, 64), (70, 300, 17), (5, 7, 5))
 LOOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-3, F64: 1e-11}
 

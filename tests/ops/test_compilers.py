@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from marks import needs_compiled
 from torch import Tensor, nn
 
-from gauge_ext import _load
 from gauge_ext.ops import (
     dora_row_norms,
     dora_scale,
@@ -20,9 +20,7 @@ from gauge_ext.ops import (
     reference,
 )
 
-pytestmark = pytest.mark.skipif(
-    not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
-)
+pytestmark = needs_compiled
 
 SCALING = 0.5
 

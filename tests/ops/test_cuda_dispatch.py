@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import needs_compiled
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gauge_ext import _load
 from gauge_ext.ops import lora_gather, lora_linear, lora_linear_group
 
-pytestmark = pytest.mark.skipif(
-    not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
-)
+pytestmark = needs_compiled
 
 
 def test_every_op_is_registered_for_what_it_promises() -> None:

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from marks import needs_compiled
 from torch import Tensor
 
 from gauge_ext import _load
 from gauge_ext.ops import lora_gather, lora_linear, lora_linear_group, merge_into
 
-pytestmark = pytest.mark.skipif(
-    not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
-)
+pytestmark = needs_compiled
 
 OPS = torch.ops.gauge_ext
 # What rounding the inputs of a row of 70 numbers and what is stored costs

@@ -7,14 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from closeness import assert_close
+from marks import needs_compiled
 from torch import Tensor
 
 from gauge_ext import _load
 from gauge_ext.ops import draw_seed, lora_linear, reference
 
-pytestmark = pytest.mark.skipif(
-    not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
-)
+pytestmark = needs_compiled
 
 SCALING = 0.7
 SEED = 1234567890123456789

@@ -9,14 +9,12 @@ import pytest
 import torch
 from called_operators import Calls
 from closeness import assert_close
+from marks import needs_compiled
 from torch import Tensor, nn
 
-from gauge_ext import _load
 from gauge_ext.ops import dora_row_norms, reference
 
-pytestmark = pytest.mark.skipif(
-    not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
-)
+pytestmark = needs_compiled
 
 SCALING = 0.7
 DTYPES = [

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from factor_problems import F64, LOOSE, Problem, compiled, make, relative
+from factor_problems import F64, LOOSE, Problem, make, relative
+from marks import needs_compiled
 from torch import Tensor
 
 from gauge_ext.ops import (
@@ -32,7 +33,7 @@ def scaled(p: Problem, state: dict[str, list[Tensor]], **options: Any) -> None:
     )
 
 
-@compiled
+@needs_compiled
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("step", [adam, scaled])
 def test_the_kernels_are_the_reference(
@@ -178,7 +179,7 @@ def test_a_gauge_of_condition_1e5_does_not_hurt(step: Any) -> None:
     assert relative(moved[1], moved[0]) < 1e-8
 
 
-@compiled
+@needs_compiled
 def test_opcheck(dtype: torch.dtype) -> None:
     p = make(dtype, shapes=((6, 5, 2), (4, 7, 3)))
     state = p.state()
@@ -208,7 +209,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.factor_gradient_norm.default, (*p.parts, p.scaling, p.anchors, 1e-3))
 
 
-@compiled
+@needs_compiled
 def test_a_compiled_function_may_hold_a_step() -> None:
     def descend(p: Problem, state: dict[str, list[Tensor]]) -> None:
         torch.ops.gauge_ext.gauge_adam_step(
@@ -246,7 +247,7 @@ def test_a_factor_without_full_rank_is_refused_before_anything_is_written(
                 torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
-@compiled
+@needs_compiled
 def test_arguments_that_do_not_fit_are_named() -> None:
     cases: list[tuple[str, Any]] = [
         (r"lora_A\[1\] and lora_B\[1\] must have shapes", lambda p: p.B.reverse()),
@@ -290,7 +291,7 @@ def test_nothing_to_do_is_done() -> None:
     gauge_adam_step([], [], [], [], [], [], [], [], [], [], [], lr=0.1)
 
 
-@compiled
+@needs_compiled
 def test_a_dtype_without_a_kernel_runs_in_plain_torch_and_says_so_once() -> None:
     pair_batches.say_plain.cache_clear()
     p = make(torch.float16, 1.0, shapes=((6, 5, 2),))

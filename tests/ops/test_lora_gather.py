@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close
+from marks import needs_compiled
 from torch import Tensor, nn
 
-from gauge_ext import _load
 from gauge_ext.ops import lora_gather, reference
 
-pytestmark = pytest.mark.skipif(
-    not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
-)
+pytestmark = needs_compiled
 
 DTYPES = [
     (torch.float64, torch.float64, 1e-13),

@@ -1,90 +1,15 @@
 """The compiled ``lora_linear`` against formulas written out in float64."""
 
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
 import torch
 from closeness import assert_close
+from linear_problems import DTYPES, SIZES, Problem, by_hand, make
+from marks import needs_compiled
 from torch import Tensor
 
-from gauge_ext import _load
 from gauge_ext.ops import draw_seed, lora_linear, reference
 
-pytestmark = pytest.mark.skipif(
-    not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
-)
-
-# (N, in, out, r): tails of every tile, wide and narrow, one row, no row, rank one, rank over a
-# tile, so many rows that chunks and merging come in
-SIZES = [
-    (7, 37, 51, 5),
-    (64, 384, 384, 8),
-    (1, 128, 130, 4),
-    (33, 1000, 260, 17),
-    (5, 3, 2, 1),
-    (0, 8, 8, 2),
-    (600, 40, 24, 3),
-]
-DTYPES = [
-    (torch.float64, torch.float64, 1e-13),
-    (torch.float32, torch.float32, 2e-6),
-    (torch.bfloat16, torch.bfloat16, 1e-2),
-    (torch.bfloat16, torch.float32, 1e-2),
-]
-
-
-@dataclass
-class Problem:
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    grad: Tensor
-    scaling: float = 0.7
-
-    @property
-    def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.x, self.lora_A, self.lora_B
-
-
-def make(
-    sizes: tuple[int, int, int, int],
-    dtype: torch.dtype = torch.float64,
-    adapter_dtype: torch.dtype | None = None,
-) -> Problem:
-    rows, in_features, out_features, rank = sizes
-    generator = torch.Generator().manual_seed(sum(sizes))
-
-    def normal(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    adapter_dtype = adapter_dtype or dtype
-    return Problem(
-        x=normal(rows, in_features, dtype=dtype).requires_grad_(),
-        weight=normal(out_features, in_features, dtype=dtype),
-        bias=normal(out_features, dtype=dtype),
-        lora_A=normal(rank, in_features, dtype=adapter_dtype).requires_grad_(),
-        lora_B=normal(out_features, rank, dtype=adapter_dtype).requires_grad_(),
-        grad=normal(rows, out_features, dtype=dtype),
-    )
-
-
-def by_hand(p: Problem, mask: Tensor | float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y and the gradients of x, lora_A and lora_B, all in float64, from the formulas."""
-    x, weight, bias, lora_A, lora_B, grad = (
-        t.detach().double() for t in (p.x, p.weight, p.bias, p.lora_A, p.lora_B, p.grad)
-    )
-    s, dropped = p.scaling, x * mask
-    y = x @ weight.T + bias + s * (dropped @ lora_A.T @ lora_B.T)
-    grad_x = grad @ weight + s * (grad @ lora_B @ lora_A) * mask
-    grad_A = s * (grad @ lora_B).T @ dropped
-    grad_B = s * grad.T @ (dropped @ lora_A.T)
-    return y, grad_x, grad_A, grad_B
+pytestmark = needs_compiled
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5, 1.0])
@@ -264,52 +189,6 @@ def test_autocast_computes_the_base_in_the_lower_precision() -> None:
     assert [g.dtype for g in gradients] == [torch.float32] * 3
     for actual, expected in zip((y, *gradients), by_hand(p), strict=True):
         assert_close(actual, expected, 2e-2)
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_of_this_machine(capability: str) -> None:
-    """Runs the value tests again in a process whose kernels are capped at ``capability``."""
-    levels = ["DEFAULT", "AVX2", "AVX512"]
-    here = torch.backends.cpu.get_cpu_capability()
-    if here not in levels or levels.index(capability.upper()) > levels.index(here):
-        pytest.skip(f"this machine has {here} only")
-    check = f"assert torch.backends.cpu.get_cpu_capability() == '{capability.upper()}'"
-    done = run_again({"ATEN_CPU_CAPABILITY": capability}, check)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    "forced",
-    [
-        {"MERGED": "always", "SMALL": "never", "BFLOAT16": "float32"},
-        {"MERGED": "never", "SMALL": "never", "BFLOAT16": "native"},
-        {"SMALL": "always"},
-    ],
-    ids=lambda forced: ",".join(f"{name}={value}" for name, value in forced.items()),
-)
-def test_every_path(forced: dict[str, str]) -> None:
-    """Runs the value tests again in a process that must take the path, whatever the sizes."""
-    done = run_again({f"GAUGE_EXT_{name}": value for name, value in forced.items()})
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_path_that_does_not_exist_is_refused() -> None:
-    done = run_again({"GAUGE_EXT_MERGED": "sometimes"})
-    assert done.returncode != 0
-    assert "GAUGE_EXT_MERGED must be auto, always or never, got sometimes" in done.stderr
-
-
-def run_again(variables: dict[str, str], check: str = "") -> subprocess.CompletedProcess[str]:
-    program = (
-        f"import sys, torch\n{check}\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import test_lora_linear\n"
-        "test_lora_linear.check_every_value()"
-    )
-    environment = {**os.environ, **variables}
-    return subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-    )
 
 
 @pytest.mark.parametrize(

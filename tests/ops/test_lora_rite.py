@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from factor_problems import F64, SHAPES, Problem, compiled, make, relative
+from factor_problems import F64, SHAPES, Problem, make, relative
+from marks import needs_compiled
 from torch import Tensor
 
 from gauge_ext.ops import RiteState, lora_rite_step, pair_batches
@@ -48,7 +49,7 @@ def draw_gradients(p: Problem, seed: int) -> None:
         p.grad_B[i] = (s * g @ a.double().mT).to(a.dtype)
 
 
-@compiled
+@needs_compiled
 @pytest.mark.parametrize("anchor", [0, 1])
 @pytest.mark.parametrize("zero", [False, True])
 def test_the_kernels_are_the_reference(
@@ -176,7 +177,7 @@ def test_a_gauge_of_condition_1e5_does_not_hurt(condition: float) -> None:
     assert relative(moved[1], moved[0]) < 1e-6
 
 
-@compiled
+@needs_compiled
 def test_directions_without_a_gradient_are_not_magnified() -> None:
     # Three rows of B have gradients in three directions of six, and A has none where B is zero: the
     # rest is float32's rounding, of which every instruction set makes another. Measured: .009 with
@@ -197,7 +198,7 @@ def test_directions_without_a_gradient_are_not_magnified() -> None:
     assert max(errors[0.0]) > 1e2
 
 
-@compiled
+@needs_compiled
 def test_threads_do_not_matter() -> None:
     results = []
     before = torch.get_num_threads()
@@ -214,7 +215,7 @@ def test_threads_do_not_matter() -> None:
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-@compiled
+@needs_compiled
 def test_opcheck(dtype: torch.dtype) -> None:
     p = make(dtype, shapes=((6, 5, 2), (4, 7, 3)))
     state = start(p)
@@ -247,7 +248,7 @@ def test_what_has_no_step_is_refused_before_anything_is_written(
                 torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
-@compiled
+@needs_compiled
 def test_arguments_that_do_not_fit_are_named() -> None:
     p = make(F64)
     state = start(p)

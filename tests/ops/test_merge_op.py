@@ -1,4 +1,4 @@
-"""``merge_`` against W + s·B·A written out in float64, rounding by chance against probability."""
+"""``merge_`` against W + s·B·A written out in float64."""
 
 from __future__ import annotations
 
@@ -6,63 +6,20 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from marks import needs_compiled
+from merge_problems import DTYPES, NARROW, SIZES, assert_rounded, by_hand, make
 from torch import Tensor
 
 from gauge_ext import _load
-from gauge_ext.ops import draw_seed, merge_, merge_into, reference
+from gauge_ext.ops import merge_, merge_into
 
-pytestmark = pytest.mark.skipif(
-    not _load.status().compiled, reason="tests the compiled op; nothing compiled is loaded"
-)
-
-# (out, in, r): tails of every tile, one row, one column, rank over a block, nothing at all
-SIZES = [(13, 37, 5), (64, 256, 8), (1, 130, 4), (100, 1, 3), (7, 300, 300), (0, 8, 2), (6, 0, 2)]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-NARROW = [torch.bfloat16, torch.float16]
-# Half a unit in the last place, beside the float32 of the sum
-HALF_UNIT = {
-    torch.float64: 2e-15,
-    torch.float32: 3e-7,
-    torch.bfloat16: 2**-8,
-    torch.float16: 2**-11,
-}
-
-Problem = tuple[Tensor, Tensor, Tensor]
-
-
-def make(sizes: tuple[int, int, int], dtype: torch.dtype, transposed: bool = False) -> Problem:
-    rows, columns, rank = sizes
-    generator = torch.Generator().manual_seed(sum(sizes))
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    weight = normal(rows, columns).to(dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    out, inner = (columns, rows) if transposed else (rows, columns)
-    return weight, normal(rank, inner).to(wide), normal(out, rank).to(wide)
-
-
-def by_hand(problem: Problem, scaling: float, transposed: bool = False) -> tuple[Tensor, Tensor]:
-    """Return W + s·B·A and s·B·A in float64."""
-    weight, lora_A, lora_B = (tensor.double() for tensor in problem)
-    delta = scaling * torch.einsum("or,ri->oi", lora_B, lora_A)
-    delta = delta.T if transposed else delta
-    return weight + delta, delta
-
-
-def assert_rounded(actual: Tensor, exact: Tensor, size: float) -> None:
-    """Hold ``actual`` against ``exact`` within half a unit in the last place of its dtype."""
-    room = HALF_UNIT[actual.dtype] * exact.abs() + 1e-6 * size
-    if actual.dtype == torch.float64:
-        room = 1e-14 * size + 0 * exact
-    assert actual.shape == exact.shape
-    assert bool(((actual.double() - exact).abs() <= room).all())
+pytestmark = needs_compiled
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -88,14 +45,6 @@ def test_values(sizes: tuple[int, int, int], dtype: torch.dtype, transposed: boo
     assert sums.delta == pytest.approx(expected[0], rel=1e-5)
     assert sums.kept == pytest.approx(expected[1], rel=1e-4)
     assert sums.lost == pytest.approx(expected[2], rel=loose, abs=1e-4 * expected[0])
-
-
-def test_the_update_is_rounded_once_and_not_before_it_is_added() -> None:
-    # 1 + 2^-9 + 2^-9 is 1 + 2^-8 in bfloat16 to one more bit: each part alone would round to 1.
-    weight = torch.ones(4, 32, dtype=torch.bfloat16)
-    lora_A, lora_B = torch.ones(3, 32), torch.full((4, 3), 2.0**-9)
-    merge_(weight, lora_A, lora_B, 1.0)
-    assert torch.equal(weight, torch.full((4, 32), 1 + 2.0**-7, dtype=torch.bfloat16))
 
 
 def test_many_weights_in_one_call() -> None:
@@ -141,77 +90,6 @@ def test_columns_of_a_larger_weight_and_a_numpy_array() -> None:
     array = weight.numpy().copy()
     merge_(torch.from_numpy(array), lora_A, lora_B, 1.0)
     np.testing.assert_array_equal(array, wide[:, 30:70].numpy())
-
-
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("power", [0, -15, -25])
-def test_rounding_by_chance_is_the_references(dtype: torch.dtype, power: int) -> None:
-    """The sums are exact in float32, so every bit must agree; 2^-15 and 2^-25 reach subnormals."""
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randint(-512, 513, (23, 200), generator=generator) * 2.0 ** (power - 8)
-    lora_A = torch.randint(-9, 10, (2, 200), generator=generator).float()
-    lora_B = torch.randint(-9, 10, (23, 2), generator=generator) * 2.0 ** (power - 13)
-    weight = weight.to(dtype)
-    seed = torch.tensor(987654321)
-    out = [torch.empty_like(weight), torch.empty_like(weight)]
-    merge_into(out, [weight] * 2, [lora_A] * 2, [lora_B] * 2, 0.5, seed=seed)
-    exact = (weight.double() + 0.5 * lora_B.double() @ lora_A.double()).float()
-    for layer in range(2):
-        bits = reference.rounding_bits(23, 200, seed, layer)
-        assert torch.equal(out[layer], reference.round_stochastic(exact, dtype, bits))
-    assert not torch.equal(*out)
-
-
-@pytest.mark.parametrize("dtype", NARROW)
-def test_rounding_by_chance_keeps_the_expectation(dtype: torch.dtype) -> None:
-    weight = torch.ones(400, 500, dtype=dtype)
-    step = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
-    lora_A, lora_B = torch.ones(1, 500), torch.full((400, 1), 0.3 * step)
-    (nearest,) = merge_into(torch.empty_like(weight), weight, lora_A, lora_B, 1.0, fidelity=True)
-    assert nearest.kept == 0.0  # all of the update is lost
-    assert nearest.lost == pytest.approx(nearest.delta)
-    merge_(weight, lora_A, lora_B, 1.0, seed=draw_seed())
-    up = (weight.double() - 1) / step
-    assert set(up.unique().tolist()) == {0.0, 1.0}
-    assert abs(up.mean().item() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / up.numel())
-
-
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("columns", [1, 5], ids="{0} x 8 columns".format)
-@pytest.mark.parametrize("seed", [None, torch.tensor(4)])
-def test_signs_zeros_and_what_is_not_finite(
-    dtype: torch.dtype, columns: int, seed: Tensor | None
-) -> None:
-    rare = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, torch.finfo(dtype).max] * columns
-    weight = torch.tensor([rare, [1.0] * len(rare)] * 8, dtype=dtype)
-    out = torch.empty_like(weight)
-    right = torch.zeros(1, len(rare))
-    (sums,) = merge_into(out, weight, right, torch.zeros(16, 1), 1.0, seed=seed)
-    torch.testing.assert_close(out, weight, rtol=0, atol=0, equal_nan=True)
-    assert not sums.finite
-    assert merge_(weight[1::2], right, torch.zeros(8, 1), 1.0, seed=seed)[0].finite
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("place", [(0, 0), (12, 36), (5, 17)])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_one_bad_entry_is_seen(dtype: torch.dtype, place: tuple[int, int], bad: float) -> None:
-    weight, lora_A, lora_B = make((13, 37, 2), dtype)
-    weight[place] = bad
-    other = torch.zeros(2, 2)
-    zeros = [torch.zeros(1, 2), torch.zeros(2, 1)]
-    sums = merge_([other, weight], [zeros[0], lora_A], [zeros[1], lora_B], 1.0)
-    assert [one.finite for one in sums] == [True, False]
-
-
-@pytest.mark.parametrize("columns", [9, 40])
-@pytest.mark.parametrize("dtype", NARROW)
-def test_an_overflow_is_seen(dtype: torch.dtype, columns: int) -> None:
-    largest = torch.finfo(dtype).max
-    weight = torch.full((7, columns), largest, dtype=dtype)
-    (sums,) = merge_(weight, torch.full((1, columns), largest / 3), torch.ones(7, 1), 1.0)
-    assert not sums.finite
-    assert bool(weight.isinf().all())
 
 
 def test_threads_do_not_change_a_bit() -> None:
@@ -278,9 +156,10 @@ def test_every_instruction_set_of_this_machine(capability: str) -> None:
     here = torch.backends.cpu.get_cpu_capability()
     if here not in levels or levels.index(capability.upper()) > levels.index(here):
         pytest.skip(f"this machine has {here} only")
+    files = [__file__, str(Path(__file__).with_name("test_merge_op_rounding.py"))]
     program = (
         "import sys, pytest\n"
-        f"sys.exit(pytest.main([{__file__!r}, '-q', '-x', '-p', 'no:cacheprovider', "
+        f"sys.exit(pytest.main([*{files}, '-q', '-x', '-p', 'no:cacheprovider', "
         "'-k', 'values or chance or finite or bad_entry']))"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
