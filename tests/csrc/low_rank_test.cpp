@@ -7,25 +7,14 @@
 #include <vector>
 
 #include "check_main.h"
+#include "to_double.h"
 
 namespace {
 
 using gauge_ext::AccOf;
 using gauge_ext::BFloat16Bits;
 using gauge_ext::Dropout;
-
-double to_double(float value) {
-  return value;
-}
-double to_double(double value) {
-  return value;
-}
-double to_double(BFloat16Bits value) {
-  const uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
+using gauge_ext::test::to_double;
 
 template <typename scalar_t>
 scalar_t from_double(double value) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check_main.h"
+#include "to_double.h"
 
 namespace {
 
@@ -18,27 +19,7 @@ using gauge_ext::BFloat16Bits;
 using gauge_ext::Float16Bits;
 using gauge_ext::Rounding;
 using gauge_ext::UpdateSums;
-
-double to_double(float value) {
-  return value;
-}
-double to_double(double value) {
-  return value;
-}
-double to_double(BFloat16Bits value) {
-  const uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-double to_double(Float16Bits value) {
-  const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
-  const double size = exponent == 0 ? std::ldexp(fraction, -24)
-                      : exponent < 31
-                          ? std::ldexp(1024 + fraction, exponent - 25)
-                          : (fraction ? std::nan("") : std::numeric_limits<double>::infinity());
-  return value.bits >> 15 ? -size : size;
-}
+using gauge_ext::test::to_double;
 
 // Bits of small numbers of either sign, whatever the type.
 template <typename scalar_t>
