@@ -12,19 +12,18 @@ float32 and zero points, as onnxruntime's own quantizer writes them.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from bench_export import GOAL_CPU, GOAL_MEMORY, NAMES, Cost, run
+from bench_export import GOAL_CPU, GOAL_MEMORY, NAMES
 from measure import machine
+from options import Folder, JsonFile, Rounds
+from processes import Cost, run, run_code
 from rich.console import Console
 from rich.table import Table
 
@@ -98,10 +97,7 @@ def prepare(folder: Path, rank: int, layers: int) -> None:
         "import sys; from pathlib import Path; import bench_blocks; "
         "bench_blocks.write_files(Path(sys.argv[1]), *map(int, sys.argv[2:]))"
     )
-    here = Path(__file__).resolve().parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, str(folder), str(rank), str(layers)]
-    subprocess.run(command, check=True, env=environment)
+    run_code(code, folder, rank, layers)
 
 
 def show(rank: int, size: int, costs: dict[str, list[Cost]]) -> dict[str, bool]:
@@ -140,11 +136,9 @@ def show(rank: int, size: int, costs: dict[str, list[Cost]]) -> dict[str, bool]:
 
 def main(
     quick: Annotated[bool, typer.Option(help="Two layers, one round.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each way runs.")] = 5,
-    folder: Annotated[Path | None, typer.Option(help="Where files may be written.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+    rounds: Rounds = 5,
+    folder: Folder = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure both ways for each rank and print a table."""
     figures: dict[str, Any] = {"machine": machine()}

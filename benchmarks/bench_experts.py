@@ -18,6 +18,7 @@ import peft
 import torch
 import typer
 from measure import interleaved, machine
+from options import JsonFile, Threads
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -87,10 +88,10 @@ def peak_growth(do: Callable[[], object]) -> int:
 
 def main(
     quick: Annotated[bool, typer.Option(help="The smaller shape in float32 alone.")] = False,
-    threads: Annotated[int, typer.Option(help="torch's threads.")] = 1,
+    threads: Threads = 1,
     tokens: Annotated[int, typer.Option(help="Tokens in a batch.")] = 128,
     rounds: Annotated[int, typer.Option(help="Rounds a row.")] = 5,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+    json_path: JsonFile = None,
 ) -> None:
     """Measure adapters on stacked experts."""
     warnings.simplefilter("ignore")

@@ -13,19 +13,17 @@ The full run takes a Llama of 135M parameters and 1.5 GiB of linear layers, abou
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from measure import machine
+from options import Folder, JsonFile, Rounds
+from processes import Cost, run, run_code
 from rich.console import Console
 from rich.table import Table
 
@@ -49,49 +47,13 @@ NAMES = {
 GOAL_MEMORY, GOAL_CPU = 64.0, 3.0
 
 
-@dataclass
-class Cost:
-    """What a process took.
-
-    Attributes:
-        cpu: User and system seconds.
-        wall: Seconds.
-        peak: Largest resident memory in MiB.
-    """
-
-    cpu: float
-    wall: float
-    peak: float
-
-
-def run(task: str, folder: Path, kind: str) -> Cost:
-    """Run a task in a fresh process."""
-    script = Path(__file__).with_name("export_tasks.py")
-    command = [sys.executable, str(script), task, str(folder), kind]
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
-    # An installed package is compiled to bytecode when it is installed, not each time it is used.
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    start = time.perf_counter()
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    wall = time.perf_counter() - start
-    if process.returncode:
-        sys.exit(f"{task} failed:\n{(folder / 'log').read_text()[-4000:]}")
-    return Cost(usage.ru_utime + usage.ru_stime, wall, int((folder / "peak").read_text()) / 1024)
-
-
 def prepare(kind: str, folder: Path) -> None:
     """Write the base as a checkpoint and as ONNX, and an adapter, in a process of its own."""
     code = (
         "import sys; from pathlib import Path; import bench_export; "
         "bench_export.write_files(sys.argv[1], Path(sys.argv[2]))"
     )
-    here = str(Path(__file__).parent)
-    environment = {**os.environ, "PYTHONPATH": f"{here}:{Path(here).parent}", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code, kind, str(folder)], check=True, env=environment)
+    run_code(code, kind, folder)
 
 
 def write_files(kind: str, folder: Path) -> None:
@@ -198,11 +160,9 @@ def show(kind: str, size: int, costs: dict[str, Cost], gaps: dict[str, float]) -
 
 def main(
     quick: Annotated[bool, typer.Option(help="Small models, one round.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each way runs.")] = 3,
-    folder: Annotated[Path | None, typer.Option(help="Where files may be written.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+    rounds: Rounds = 3,
+    folder: Folder = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure every way and print a table for each model."""
     figures: dict[str, Any] = {"machine": machine()}

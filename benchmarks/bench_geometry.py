@@ -13,13 +13,13 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import peft
 import torch
 import typer
 from measure import interleaved, machine
+from options import JsonFile, Threads
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -141,9 +141,9 @@ def main(
     size: Annotated[int | None, typer.Option(help="Rows and columns of the layer.")] = None,
     count: Annotated[int, typer.Option(help="Adapters.")] = 8,
     rank: Annotated[int, typer.Option(help="Rank of each, and of the result.")] = 16,
-    threads: Annotated[int, typer.Option(help="torch's threads.")] = 1,
+    threads: Threads = 1,
     rounds: Annotated[int | None, typer.Option(help="Rounds; a warm-up comes before.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+    json_path: JsonFile = None,
 ) -> None:
     """Measure the weighted sum of adapters against PEFT's svd combination."""
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")

@@ -18,7 +18,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 import loralib
@@ -27,6 +26,7 @@ import torch
 import typer
 from goals import Goal, render_goals
 from measure import geometric_mean, interleaved, machine, saved_bytes
+from options import JsonFile, Threads
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -276,9 +276,9 @@ def render(rows: list[dict[str, object]], console: Console) -> None:
 
 def main(
     quick: Annotated[bool, typer.Option(help="Fewer shapes and rounds, about a minute.")] = False,
-    threads: Annotated[int, typer.Option(help="torch's threads.")] = 1,
+    threads: Threads = 1,
     rounds: Annotated[int | None, typer.Option(help="Rounds a row.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+    json_path: JsonFile = None,
 ) -> None:
     """Measure one adapted layer against the frozen base layer, PEFT and loralib."""
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")

@@ -24,6 +24,7 @@ import peft
 import torch
 import typer
 from measure import interleaved, machine
+from options import JsonFile, Threads
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -149,10 +150,10 @@ def measure_whole_models(rank: int, rounds: int) -> tuple[Table, list[dict[str, 
 
 def main(
     quick: Annotated[bool, typer.Option(help="The goal's shape alone.")] = False,
-    threads: Annotated[int, typer.Option(help="torch's threads.")] = 1,
+    threads: Threads = 1,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds a row.")] = 5,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+    json_path: JsonFile = None,
 ) -> None:
     """Measure merging against one in-place pass over the weight, ATen and PEFT."""
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")

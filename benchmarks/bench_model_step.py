@@ -23,6 +23,7 @@ import transformers
 import typer
 from goals import Goal, render_goals
 from measure import interleaved, machine
+from options import JsonFile, Threads
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -219,11 +220,11 @@ def goals_of(rows: list[dict[str, Any]], threads: int) -> list[Goal]:
 def main(
     quick: Annotated[bool, typer.Option(help="Fewer layers and rounds.")] = False,
     model: Annotated[list[str] | None, typer.Option(help="minilm, llama; repeatable.")] = None,
-    threads: Annotated[int, typer.Option(help="torch's threads.")] = 1,
+    threads: Threads = 1,
     batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 8,
     sequence: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
     rounds: Annotated[int, typer.Option(help="Rounds of timing.")] = 7,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+    json_path: JsonFile = None,
 ) -> None:
     """Measure whole training steps against the frozen base model and PEFT."""
     warnings.simplefilter("ignore")

@@ -13,13 +13,13 @@ import json
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Annotated
 
 import peft
 import torch
 import typer
 from measure import interleaved, machine
+from options import JsonFile, Threads
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -90,10 +90,10 @@ def require_same(found: dict[str, Callable[[], object]]) -> None:
 
 def main(
     quick: Annotated[bool, typer.Option(help="The goal's shape alone.")] = False,
-    threads: Annotated[int, typer.Option(help="torch's threads.")] = 1,
+    threads: Threads = 1,
     rank: Annotated[int, typer.Option(help="Rank of every adapter.")] = 8,
     rounds: Annotated[int, typer.Option(help="Rounds a row.")] = 15,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+    json_path: JsonFile = None,
 ) -> None:
     """Measure a batch in which each row has an adapter of its own."""
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")

@@ -13,7 +13,6 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 import peft
@@ -21,6 +20,7 @@ import torch
 import typer
 from goals import Goal, render_goals
 from measure import geometric_mean, interleaved, machine, saved_bytes
+from options import JsonFile, Threads
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -166,9 +166,9 @@ def goals_of(rows: list[dict[str, object]]) -> list[Goal]:
 
 def main(
     quick: Annotated[bool, typer.Option(help="Fewer shapes and rounds, about a minute.")] = False,
-    threads: Annotated[int, typer.Option(help="torch's threads.")] = 1,
+    threads: Threads = 1,
     rounds: Annotated[int | None, typer.Option(help="Rounds a row.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+    json_path: JsonFile = None,
 ) -> None:
     """Measure DoRA, embeddings and convolutions."""
     warnings.filterwarnings("ignore", category=UserWarning)

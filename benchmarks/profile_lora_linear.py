@@ -22,6 +22,7 @@ import torch
 import typer
 from bench_lora_linear import BASE, LIMITS, OURS, Case, layers, plan
 from measure import geometric_mean, interleaved, machine
+from options import Threads
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -149,7 +150,7 @@ def render_calls(rounds: int, console: Console) -> None:
 def main(
     quick: Annotated[bool, typer.Option(help="The shapes of --quick there.")] = False,
     goal: Annotated[list[str] | None, typer.Option(help="Those alone: 1, 3a, ...")] = None,
-    threads: Annotated[int, typer.Option(help="torch's threads.")] = 1,
+    threads: Threads = 1,
     rounds: Annotated[int, typer.Option(help="Rounds a row.")] = 15,
     all_goals: Annotated[bool, typer.Option("--all", help="Those that are met too.")] = False,
 ) -> None:
