@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from gauge_ext.adapters import config_values as values
 from gauge_ext.adapters import patterns
 from gauge_ext.adapters.spec import INITS, AdapterSpec, Init, is_init
 from gauge_ext.errors import ConfigError
@@ -105,16 +105,18 @@ class LoRAConfig:
         def keep(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        keep("rank", _rank("rank", self.rank))
-        keep("alpha", _finite("alpha", self.alpha))
-        keep("dropout", _finite("dropout", self.dropout))
+        keep("rank", values.rank("rank", self.rank))
+        keep("alpha", values.finite("alpha", self.alpha))
+        keep("dropout", values.finite("dropout", self.dropout))
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}.")
         if isinstance(self.target_parameters, str):
-            raise _wrong("target_parameters", "a list of names or None", self.target_parameters)
-        keep("target_parameters", _selector("target_parameters", self.target_parameters))
-        keep("trainable_token_indices", _tokens(self.trainable_token_indices))
-        targets = _selector("target_modules", self.target_modules)
+            raise values.wrong(
+                "target_parameters", "a list of names or None", self.target_parameters
+            )
+        keep("target_parameters", values.selector("target_parameters", self.target_parameters))
+        keep("trainable_token_indices", values.tokens(self.trainable_token_indices))
+        targets = values.selector("target_modules", self.target_modules)
         if targets is None and self.target_parameters and self.target_modules is not None:
             targets = ()
         if targets is None:
@@ -123,18 +125,18 @@ class LoRAConfig:
                 hint=f'Give names such as ["query", "value"], or "{ALL_LINEAR}".',
             )
         keep("target_modules", targets)
-        keep("exclude_modules", _selector("exclude_modules", self.exclude_modules))
+        keep("exclude_modules", values.selector("exclude_modules", self.exclude_modules))
         for name in ("task_type", "base_model_name_or_path"):
             if not isinstance(getattr(self, name), str | None):
-                raise _wrong(name, "a string or None", getattr(self, name))
+                raise values.wrong(name, "a string or None", getattr(self, name))
         for name in (
             *("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
             "ensure_weight_tying",
         ):
             if not isinstance(getattr(self, name), bool):
-                raise _wrong(name, "True or False", getattr(self, name))
-        keep("rank_pattern", _table("rank_pattern", self.rank_pattern, _rank))
-        keep("alpha_pattern", _table("alpha_pattern", self.alpha_pattern, _finite))
+                raise values.wrong(name, "True or False", getattr(self, name))
+        keep("rank_pattern", values.table("rank_pattern", self.rank_pattern, values.rank))
+        keep("alpha_pattern", values.table("alpha_pattern", self.alpha_pattern, values.finite))
         if self.use_dora and self.lora_bias:
             raise ConfigError(
                 "use_dora and lora_bias cannot both be on.",
@@ -143,23 +145,25 @@ class LoRAConfig:
         self._check_layers(keep)
         if not is_init(self.init):
             choices = (*INITS, "pissa_niter_4 (or another number)")
-            raise _wrong("init", " or ".join(choices), self.init)
+            raise values.wrong("init", " or ".join(choices), self.init)
         if self.bias not in get_args(Bias):
-            raise _wrong("bias", " or ".join(map(repr, get_args(Bias))), self.bias)
+            raise values.wrong("bias", " or ".join(map(repr, get_args(Bias))), self.bias)
         if isinstance(self.modules_to_save, str):
-            raise _wrong("modules_to_save", "a list of names or None", self.modules_to_save)
-        keep("modules_to_save", _selector("modules_to_save", self.modules_to_save))
+            raise values.wrong("modules_to_save", "a list of names or None", self.modules_to_save)
+        keep("modules_to_save", values.selector("modules_to_save", self.modules_to_save))
         if self.adapter_dtype is not None:
             from gauge_ext.adapters.dtypes import FLOAT_DTYPES
 
             if self.adapter_dtype not in FLOAT_DTYPES:
-                raise _wrong("adapter_dtype", f"one of {FLOAT_DTYPES} or None", self.adapter_dtype)
+                raise values.wrong(
+                    "adapter_dtype", f"one of {FLOAT_DTYPES} or None", self.adapter_dtype
+                )
         if not isinstance(self.extra, Mapping):
-            raise _wrong("extra", "a mapping", self.extra)
+            raise values.wrong("extra", "a mapping", self.extra)
         keep("extra", dict(self.extra))
 
     def _check_layers(self, keep: Any) -> None:
-        keep("layers_pattern", _selector("layers_pattern", self.layers_pattern))
+        keep("layers_pattern", values.selector("layers_pattern", self.layers_pattern))
         layers: Any = self.layers_to_transform
         if isinstance(layers, Iterable):
             layers = tuple(layers) or None
@@ -167,7 +171,7 @@ class LoRAConfig:
         indices = layers if isinstance(layers, tuple) else () if layers is None else (layers,)
         for index in indices:
             if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-                raise _wrong("layers_to_transform", "an index or indices from 0 up", index)
+                raise values.wrong("layers_to_transform", "an index or indices from 0 up", index)
         if layers is None and self.layers_pattern is not None:
             raise ConfigError(
                 f"layers_pattern ({self.layers_pattern!r}) needs layers_to_transform, got None."
@@ -245,72 +249,3 @@ class LoRAConfig:
             use_dora=self.use_dora,
             lora_bias=self.lora_bias,
         )
-
-
-def _wrong(name: str, expected: str, got: object) -> ConfigError:
-    return ConfigError(f"{name} must be {expected}, got {got!r}.")
-
-
-def _rank(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _wrong(name, "a whole number of at least 1", value)
-    return value
-
-
-def _finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _wrong(name, "a finite number", value)
-    return float(value)
-
-
-def _expression(name: str, value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise _wrong(name, "a string that is not empty", value)
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ConfigError(f"{name} holds {value!r}, not a regular expression: {error}.") from error
-    return value
-
-
-def _selector(name: str, value: object) -> str | tuple[str, ...] | None:
-    """Return an expression or a tuple of names without repetition; None where nothing is named."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return _expression(name, value)
-    if not isinstance(value, Iterable):
-        raise _wrong(name, "a string or a list of strings", value)
-    # A set has no order of its own; sorted, the same config is written the same way each time.
-    entries = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
-    for entry in entries:
-        if not isinstance(entry, str) or not entry:
-            raise _wrong(f"each name in {name}", "a string that is not empty", entry)
-    return tuple(dict.fromkeys(entries)) or None
-
-
-def _tokens(value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
-    name, expected = "trainable_token_indices", "a list of different token ids from 0 up"
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, str) and key for key in value):
-            raise _wrong(f"each key of {name}", "the name of an embedding", list(value))
-        found = {key: _tokens(entry) for key, entry in value.items()}
-        return {key: ids for key, ids in found.items() if isinstance(ids, tuple)} or None
-    if value is None:
-        return None
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise _wrong(name, f"{expected}, or such lists by name", value)
-    ids = tuple(value)
-    whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
-    if not whole or len(set(ids)) < len(ids):
-        raise _wrong(name, expected, value)
-    return ids or None
-
-
-def _table(name: str, value: object, check: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise _wrong(name, "a mapping from expressions to numbers", value)
-    return {
-        _expression(f"each key of {name}", key): check(f"{name}[{key!r}]", number)
-        for key, number in value.items()
-    }
