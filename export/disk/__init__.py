@@ -4,5 +4,5 @@
 :mod:`numbers` what their bytes mean. An ONNX file that is not loaded: :mod:`wire` walks its
 protobuf, :mod:`onnx_file` says where each weight lies, :mod:`splice` and :mod:`onnx_copy` write it
 anew around some of them. :mod:`safetensors_file` and :mod:`base_folder` do the same for
-checkpoints, and :mod:`naming` takes the paths of modules to the names in them.
+checkpoints; :mod:`base_targets` and :mod:`naming` take the paths of modules to the names in them.
 """

@@ -14,7 +14,8 @@ from contextlib import ExitStack
 import numpy as np
 
 from gauge_ext.errors import AdapterMismatchError, ConfigError
-from gauge_ext.export.disk.base_folder import BaseFolder, base_weights
+from gauge_ext.export.disk.base_folder import BaseFolder
+from gauge_ext.export.disk.base_targets import base_weights
 from gauge_ext.export.disk.numbers import BY_ONNX, BY_SAFETENSORS, Array, Number
 from gauge_ext.export.disk.onnx_file import OnnxFile
 from gauge_ext.export.disk.spans import Span, opened, read_into

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gauge_ext._version import __version__
-from gauge_ext.export.disk.base_folder import BaseFolder, Target, match_targets, open_base
+from gauge_ext.export.disk.base_folder import BaseFolder, open_base
+from gauge_ext.export.disk.base_targets import Target, match_targets
 from gauge_ext.export.disk.files import require_space
 from gauge_ext.export.disk.numbers import BY_SAFETENSORS
 from gauge_ext.export.disk.resume import resumable_folder
