@@ -88,7 +88,7 @@ asan: build
 	$(CTEST) --preset asan
 	install build/asan/*.so gauge_ext/
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  GAUGE_EXT_REQUIRE_COMPILED=1 $(PY) -m pytest tests/ops $(PYTEST_ARGS); status=$$?; \
+	  GAUGE_EXT_REQUIRE_COMPILED=1 $(PY) -m pytest $(PYTEST_WORKERS) tests/ops $(PYTEST_ARGS); status=$$?; \
 	  $(PY) setup.py -q build_ext --inplace; exit $$status
 
 lint: $(READY)

@@ -1,6 +1,6 @@
 #include "ops/cpu/adapted_layer.h"
 
-#include <cstring>
+#include <algorithm>
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -187,7 +187,7 @@ auto AdaptedLayer<scalar_t>::sums(int64_t rows, bool needs_x, bool needs_A, bool
   sums.pieces = std::max<int64_t>(Pieces(rows, (in + out) * rank).count, 1);
   const auto zeros = [&](int64_t pieces, int64_t columns) {
     Buffer<acc_t> buffer(pieces * rank * columns);
-    std::memset(buffer.data(), 0, sizeof(acc_t) * pieces * rank * columns);
+    std::fill_n(buffer.data(), pieces * rank * columns, acc_t(0));
     return buffer;
   };
   if (needs_A || (needs_x && !merges_backward())) {
