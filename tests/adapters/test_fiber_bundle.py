@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gauge_fields import DTYPES, SEEDS, SeedBase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,20 +18,6 @@ from gauge_ext.models import merged_copy
 
 TIGHT = {torch.float64: 1e-12, torch.float32: 1e-5}
 SHAPES = st.tuples(st.integers(4, 20), st.integers(4, 20), st.integers(1, 4))
-SEEDS = st.integers(0, 10**6)
-DTYPES = st.sampled_from([torch.float64, torch.float32])
-
-
-class SeedBase(nn.Module):
-    """What the seed calls base_model: something with dim and a forward."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-        self.weight = nn.Parameter(torch.randn(dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T
 
 
 def trained(
