@@ -112,8 +112,7 @@ def _linear_by_rows(
 ) -> Tensor:
     slots, index = slots_of_rows(layer, rows), rows.numbers
     require_samples(x, rows)
-    # In place of has_two_factors, as there may be an adapter for each row.
-    plain = all(len(s._factor_names) == 2 and not s._start_names for s in slots)
+    plain = all(slot.has_two_factors for slot in slots)
     shifted = not plain and any(slot.branch_bias is not None for slot in slots)
     scaled = not plain and any(slot.has_magnitude for slot in slots)
     apart = shifted or scaled
