@@ -32,7 +32,13 @@ class AdaptedLayer(MergeableLayer):
     :mod:`gauge_ext.adapters.registry`. It says by the class attributes which classes of torch it
     stands in for and which weight it adapts, and defines ``forward``, :meth:`factor_shapes` and,
     where the update is not the matrix :math:`s\,B A`, :meth:`product`.
+
+    Attributes:
+        recomputes_input: Whether a linear layer's x is computed again for backward where that is
+            cheap, instead of being kept, see :func:`gauge_ext.models.recompute_inputs`.
     """
+
+    recomputes_input: bool = False
 
     @classmethod
     def adapt(cls, module: nn.Module, spec: AdapterSpec, name: str = DEFAULT) -> Self:
@@ -164,6 +170,7 @@ class AdaptedLayer(MergeableLayer):
         """Drop the adapter and be a plain layer again, with the weight of the moment."""
         for name in (*self.own_names(), *_ATTRIBUTES):
             delattr(self, name)
+        vars(self).pop("recomputes_input", None)
         self.forget_names()
         base = cast("nn.Module", self)
         base.__class__ = type(self).base_class

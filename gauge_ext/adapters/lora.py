@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gauge_ext import ops
-from gauge_ext.adapters import branches
+from gauge_ext.adapters import branches, recompute
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.spec import AdapterSpec, Init
 
@@ -138,6 +138,11 @@ class LoRALinear(AdaptedLayer, nn.Linear):
             shared = group.forward(self, input)
             if shared is not None:
                 return shared
+        if self.recomputes_input:
+            return recompute.call(self._output, input)
+        return self._output(input)
+
+    def _output(self, input: Tensor) -> Tensor:
         # nn.Module.__getattr__ costs about a microsecond for each parameter: look once.
         p: dict[str, Any] = self._parameters
         try:

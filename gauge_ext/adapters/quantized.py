@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gauge_ext.adapters import recompute
 from gauge_ext.adapters.additive import AdditiveLayer
 from gauge_ext.adapters.branches import Branch, low_rank
 from gauge_ext.adapters.layer import AdaptedLayer
@@ -174,7 +176,8 @@ class LoRAQuantized(AdditiveLayer):
             return F.linear(x, cast("Tensor", self.weight), bias)
         if not self.has_branch:
             return self.base_output(x, with_bias=True)
-        return self.adapted_output(x, bias)
+        output = partial(self.adapted_output, bias=bias)
+        return recompute.call(output, x) if self.recomputes_input else output(x)
 
     def base_output(self, x: Tensor, *, with_bias: bool) -> Tensor:
         """Return the base's own output; its bias is taken off again where it is not wanted."""

@@ -6,12 +6,14 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gauge_ext import ops
+from gauge_ext.adapters import recompute
 
 if TYPE_CHECKING:
     from gauge_ext.adapters.lora import LoRALinear
@@ -67,7 +69,10 @@ class SharedInput:
                 self._results = results if results.ys else None
                 return y
             self._warn(results)
-        ys = dict(enumerate(_compute(members, x)))
+        if members[0].recomputes_input:
+            ys = dict(enumerate(recompute.call(partial(_compute, members), x)))
+        else:
+            ys = dict(enumerate(_compute(members, x)))
         y = ys.pop(index)
         self._results = _Results(weakref.ref(x), x._version, state, ys)
         return y

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gauge_ext.adapters import branches
+from gauge_ext.adapters import branches, recompute
 from gauge_ext.adapters.layer import AdaptedLayer
 from gauge_ext.adapters.slot import AdapterSlot
 
@@ -63,4 +64,5 @@ class LoRATransposed(AdaptedLayer):
         weight = self.weight.mT
         if not self.has_branch:
             return F.linear(x, weight, self.bias)
-        return branches.linear(self, x, weight, self.bias)
+        output = partial(branches.linear, self, weight=weight, bias=self.bias)
+        return recompute.call(output, x) if self.recomputes_input else output(x)

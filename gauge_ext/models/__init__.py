@@ -28,6 +28,7 @@ from gauge_ext.models.adapted import (
 from gauge_ext.models.attach import attach, detach
 from gauge_ext.models.many import add_adapter, delete_adapter, rename_adapter
 from gauge_ext.models.merge import is_merged, merge, merge_and_unload, merged_copy, unmerge
+from gauge_ext.models.recomputing import recompute_inputs
 from gauge_ext.models.regauge import regauge_model, regauge_optimizer_state
 from gauge_ext.models.roster import adapter_names
 from gauge_ext.models.shared_inputs import (
@@ -83,6 +84,7 @@ __all__ = [
     "merge_stochastic",
     "merged_copy",
     "named_adapter_parameters",
+    "recompute_inputs",
     "regauge_model",
     "regauge_optimizer_state",
     "rename_adapter",
