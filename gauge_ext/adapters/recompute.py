@@ -22,6 +22,7 @@ Compute = Callable[[], Tensor]
 Y = TypeVar("Y")
 
 _KEY = "gauge_ext.recipe"
+_autograd: Any = torch._C._autograd  # its stub lacks a function that is asked below
 
 
 class Recipe:
@@ -59,8 +60,9 @@ def call(forward: Callable[[Tensor], Y], x: Tensor) -> Y:
 
     It can where x came of a norm, an activation or a product of elements, see the table below, or
     is a view or a cast of such. It is kept as usual where it came of something else, and where
-    others decide what is kept: under activation checkpointing, ``save_on_cpu`` or other
-    ``saved_tensors_hooks``, in ``torch.func``, and in compiled and traced code.
+    others decide what is kept: in ``torch.func``, in compiled and traced code, under activation
+    checkpointing, ``save_on_cpu`` or other ``saved_tensors_hooks``, many of which give what they
+    took only once, and x is made from what they took.
 
     Args:
         forward: What an adapted layer computes.
@@ -90,8 +92,8 @@ def _decides(x: Tensor) -> bool:
         and type(x) is Tensor
         and x.grad_fn is not None
         and torch._C._get_tracing_state() is None
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and _autograd._saved_tensors_hooks_is_enabled()
+        and _autograd._top_saved_tensors_default_hooks(False) is None
     )
 
 
@@ -129,16 +131,21 @@ def _product(node: Node) -> Compute | None:
     return lambda: left() * right()
 
 
-def _layer_norm(node: Node) -> Compute:
+def _layer_norm(node: Node) -> Compute | None:
+    # From mean and reciprocal deviation, since eps is not there. On the CPU they are rounded to
+    # half precision where the norm's weight is in it: too coarse to compute x from.
+    if node._saved_result2.dtype.itemsize < torch.float32.itemsize:
+        return None
+
     def compute() -> Tensor:
-        # Mean and reciprocal deviation lie there, in float32 for half precision.
         x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
         y = (x - mean) * rstd
         if node._saved_weight is not None:
             y = y.mul_(node._saved_weight)
         if node._saved_bias is not None:
             y = y.add_(node._saved_bias)
-        return y.to(x.dtype)
+        recomputed: Tensor = y.to(x.dtype)
+        return recomputed
 
     return compute
 

@@ -24,7 +24,8 @@ def recompute_inputs(model: nn.Module, enable: bool = True) -> tuple[str, ...]:
     runs whole layers twice. Gradients are those of a kept x up to rounding.
 
     An x that came of something else is kept as usual: attention's output, which attention itself
-    keeps, the model's own input, a sum. So is every x while others decide what is kept: under
+    keeps, the model's own input, a sum, a LayerNorm with its weight in half precision on the CPU,
+    which autograd keeps too little of. So is every x while others decide what is kept: under
     activation checkpointing, ``save_on_cpu`` and other ``saved_tensors_hooks``, in compiled code,
     where torch decides itself what to compute again, and in ``torch.func``.
 
