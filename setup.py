@@ -1,4 +1,4 @@
-"""Drives CMake: one configure and one build, then the two libraries are copied where they belong.
+"""Drives CMake: one configure and one build, then the libraries are copied where they belong.
 
 What is compiled and how stands in CMakeLists.txt alone; pyproject.toml has the metadata.
 """
@@ -23,7 +23,7 @@ import torch_env  # noqa: E402 - in the folder just named
 
 
 class CMakeBuild(build_ext):
-    """Builds ``gauge_ext._C`` and ``gauge_ext._ops`` with CMake and Ninja."""
+    """Builds ``gauge_ext._C``, ``_ops`` and ``_calls`` with CMake and Ninja."""
 
     def build_extensions(self) -> None:
         """Configures, compiles, and copies each library to where setuptools expects it."""
@@ -113,6 +113,6 @@ setup(
     package_dir={"gauge_ext": "gauge_ext", "gauge_ext.export": "export"},
     package_data={"gauge_ext": ["py.typed"], "gauge_ext.export.proof": ["*.cjs", "*.html"]},
     install_requires=dependencies(),
-    ext_modules=[Extension("gauge_ext._C", sources=[]), Extension("gauge_ext._ops", sources=[])],
+    ext_modules=[Extension(f"gauge_ext.{name}", sources=[]) for name in ("_C", "_ops", "_calls")],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -3,7 +3,7 @@
 ``_ops`` is linked to torch's C++ libraries, whose ABI lasts one minor release: loaded under another
 it dies of an undefined symbol, or worse. So the small module ``_C``, which is linked to nothing, is
 imported first (:mod:`gauge_ext._native`) and tells which torch the build was made for; only then is
-``_ops`` loaded.
+``_ops`` loaded, and beside it ``_calls``, which calls some of its ops at less cost than ``torch.ops``.
 
 Without a usable build the package still works: its ops are then computed by plain torch, with one
 :class:`ExtensionWarning`. ``GAUGE_EXT_REQUIRE_COMPILED=1`` turns that into an error.
@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class ExtensionStatus:
         build_info: What the build says of itself: compiler, flags, instruction sets; may be empty.
         reason: Why the compiled ops are not used; None where they are.
         mend: What to type to change that; None where nothing needs it.
+        calls: The module ``_calls``; None where the compiled ops are not used.
     """
 
     compiled: bool
@@ -47,6 +49,7 @@ class ExtensionStatus:
     build_info: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
     mend: str | None = None
+    calls: ModuleType | None = None
 
     @property
     def cuda(self) -> bool:
@@ -84,6 +87,7 @@ def status() -> ExtensionStatus:
     library = _native.FOLDER / f"_ops{_native.SUFFIX}"
     reason: str | None = None
     mend: str | None = None
+    calls: ModuleType | None = None
     if _minor(built_torch) != _minor(found_torch):
         reason = (
             f"The compiled gauge_ext in {_native.FOLDER} was built against torch {built_torch}, but"
@@ -93,11 +97,16 @@ def status() -> ExtensionStatus:
         again = _native.type_this(_native.rebuild())
         mend = f"{again} (or go back to the other torch: {other})"
     else:
+        part = library.with_name(f"_calls{_native.SUFFIX}")
         try:
+            # The one that may be missing from an older build first: _ops cannot be unloaded, and
+            # the plain-torch ops need its ops' names.
+            calls = _native.import_file(part)
+            part = library
             torch.ops.load_library(library)
-        except OSError as error:
+        except (ImportError, OSError) as error:
             # torch wraps the loader's message, which names the missing file or symbol.
-            reason = f"{library} cannot be loaded: {error.__cause__ or error}."
+            reason = f"{part} cannot be loaded: {error.__cause__ or error}."
             mend = _native.type_this(_native.rebuild())
     return ExtensionStatus(
         compiled=reason is None,
@@ -107,6 +116,7 @@ def status() -> ExtensionStatus:
         build_info=info,
         reason=reason,
         mend=mend,
+        calls=calls if reason is None else None,
     )
 
 

@@ -88,12 +88,13 @@ def say_missing(reason: str, mend: str | None, instead: str) -> None:
 
 
 def import_file(path: Path) -> ModuleType:
-    """Imports ``_C`` from this very file.
+    """Imports a compiled module of this package from this very file.
 
     An ordinary import may find another folder's: where gauge_ext is also installed in editable
     form, its import hook answers for a ``gauge_ext._C`` that is missing here.
     """
-    spec = importlib.util.spec_from_file_location("gauge_ext._C", path)
+    name = path.name.removesuffix(SUFFIX)
+    spec = importlib.util.spec_from_file_location(f"gauge_ext.{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

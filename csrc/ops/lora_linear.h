@@ -13,6 +13,16 @@
 
 namespace gauge_ext {
 
+// The op itself: x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed.
+using LoraLinearSchema = at::Tensor(const at::Tensor&,
+                                    const at::Tensor&,
+                                    const std::optional<at::Tensor>&,
+                                    const at::Tensor&,
+                                    const at::Tensor&,
+                                    double,
+                                    double,
+                                    const std::optional<at::Tensor>&);
+
 // What a kernel needs of a call, once the shapes are checked and the batch dimensions folded.
 struct LoraLinearSizes {
   int64_t rows;          // N, the product of x's batch dimensions

@@ -38,14 +38,6 @@ using BackwardSchema = std::tuple<Tensor, Tensor, Tensor>(const Tensor&,
                                                           bool,
                                                           bool,
                                                           bool);
-using LinearSchema = Tensor(const Tensor&,
-                            const Tensor&,
-                            const OptionalTensor&,
-                            const Tensor&,
-                            const Tensor&,
-                            double,
-                            double,
-                            const OptionalTensor&);
 using MaskSchema = Tensor(const Tensor&, double, const Tensor&);
 
 // x ∘ M, and the mask M itself where dropout is on: both differentiable in x.
@@ -183,7 +175,7 @@ Tensor lora_linear_autograd(const Tensor& x,
   if (at::GradMode::is_enabled() && any(requires_grad)) {
     return LoraLinearFunction::apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed);
   }
-  static const auto linear_op = find<LinearSchema>("gauge_ext::lora_linear");
+  static const auto linear_op = find<LoraLinearSchema>("gauge_ext::lora_linear");
   at::AutoDispatchBelowADInplaceOrView guard;
   return linear_op.call(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed);
 }
@@ -196,7 +188,7 @@ Tensor lora_linear_autocast(const Tensor& x,
                             double scaling,
                             double dropout_p,
                             const OptionalTensor& seed) {
-  static const auto linear_op = find<LinearSchema>("gauge_ext::lora_linear");
+  static const auto linear_op = find<LoraLinearSchema>("gauge_ext::lora_linear");
   const Autocast cast(x);
   return linear_op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, scaling, dropout_p,
                         seed);

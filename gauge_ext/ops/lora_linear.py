@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from gauge_ext import _load
 from gauge_ext.ops import reference
@@ -75,6 +76,11 @@ def lora_linear(
         RuntimeError: A shape, dtype or device does not fit; the message names the argument, what
             was expected and what came.
     """
+    # torch.compile traces Python and cannot look into a compiled function.
+    if _call is not None and not is_dynamo_compiling():
+        y = _call(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        if y is not NotImplemented:
+            return cast(Tensor, y)
     # A device without kernels gets the formula in its own operators. So does torch.jit.trace, and
     # with it the legacy ONNX exporter, which writes them down.
     has_kernels = x.is_cpu or x.is_meta or (x.is_cuda and _CUDA)
@@ -162,6 +168,9 @@ def _register_fallback() -> torch.library.Library:
 
 
 _CUDA = _load.load().cuda
+_calls = _load.load().calls
+# The op by a shorter way than torch.ops, for what it does not return NotImplemented
+_call = None if _calls is None else _calls.lora_linear
 if _load.load().compiled:
     _register_compiled()
 else:
