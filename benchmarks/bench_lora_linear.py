@@ -129,10 +129,10 @@ def call_goals(rounds: int) -> list[Goal]:
     ours = layers(case)[OURS]
     x, weight, bias = torch.randn(16, 16), ours.weight, ours.bias
     factors = (ours.lora_A, ours.lora_B, ours.scaling)
-    op = torch.ops.gauge_ext.lora_linear.default
+    op = gauge_ext.ops.lora_linear
     functions: dict[str, Callable[[], object]] = {
         "F.linear": lambda: nn.functional.linear(x, weight, bias),
-        "op": lambda: gauge_ext.ops.lora_linear(x, weight, bias, *factors),
+        "op": lambda: op(x, weight, bias, *factors),
         "module": lambda: ours(x),
     }
     with torch.no_grad():

@@ -28,6 +28,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+import gauge_ext
+
 FLOAT = 4  # bytes
 
 
@@ -128,11 +130,15 @@ def render_calls(rounds: int, console: Console) -> None:
     x, weight, bias = torch.randn(16, 16), ours.weight, ours.bias
     factors = (ours.lora_A, ours.lora_B, ours.scaling)
     linear = torch.ops.aten.linear.default
-    op = torch.ops.gauge_ext.lora_linear.default
+    by_torch_ops = torch.ops.gauge_ext.lora_linear.default
+    op = gauge_ext.ops.lora_linear
     functions: dict[str, Callable[[], object]] = {
         "F.linear": lambda: nn.functional.linear(x, weight, bias),
         "aten.linear, called by torch.ops": lambda: linear(x, weight, bias),
-        "gauge_ext.lora_linear, called by torch.ops": lambda: op(x, weight, bias, *factors),
+        "gauge_ext.lora_linear, called by torch.ops": lambda: by_torch_ops(
+            x, weight, bias, *factors
+        ),
+        "gauge_ext.ops.lora_linear": lambda: op(x, weight, bias, *factors),
         "our module": lambda: ours(x),
     }
     with torch.no_grad():

@@ -59,9 +59,8 @@ bool is_overheard() {
   return at::impl::torch_function_mode_enabled() || at::tracer::impl::is_dispatch_enabled();
 }
 
-// lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-PyObject* lora_linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
+// y, or NotImplemented; given: x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed
+PyObject* lora_linear(PyObject* const* given, Py_ssize_t count) {
   TORCH_CHECK_TYPE(count == 8, "lora_linear takes 8 arguments, got ", count);
   const bool plain = is_plain(given[0]) && is_plain(given[1]) && is_plain_or_none(given[2]) &&
                      is_plain(given[3]) && is_plain(given[4]) && PyFloat_CheckExact(given[5]) &&
@@ -86,11 +85,22 @@ PyObject* lora_linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
     y = op.call(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed);
   }
   return THPVariable_Wrap(std::move(y));
-  END_HANDLE_TH_ERRORS
+}
+
+// A function as Python calls it: what it throws becomes the exception that torch.ops makes of it.
+template <PyObject* (*function)(PyObject* const*, Py_ssize_t)>
+PyObject* entry(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  try {
+    return function(given, count);
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
+  }
 }
 
 PyMethodDef functions[] = {
-    {"lora_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&lora_linear)),
+    {"lora_linear",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<&lora_linear>)),
      METH_FASTCALL,
      "torch.ops.gauge_ext.lora_linear with all of its arguments, by position; NotImplemented where "
      "they are not plain tensors on a device with kernels, or where an op call is overheard."},

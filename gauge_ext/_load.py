@@ -3,7 +3,7 @@
 ``_ops`` is linked to torch's C++ libraries, whose ABI lasts one minor release: loaded under another
 it dies of an undefined symbol, or worse. So the small module ``_C``, which is linked to nothing, is
 imported first (:mod:`gauge_ext._native`) and tells which torch the build was made for; only then is
-``_ops`` loaded, and beside it ``_calls``, which calls some of its ops at less cost than ``torch.ops``.
+``_ops`` loaded, and ``_calls``, which calls its ops from Python at less cost than ``torch.ops``.
 
 Without a usable build the package still works: its ops are then computed by plain torch, with one
 :class:`ExtensionWarning`. ``GAUGE_EXT_REQUIRE_COMPILED=1`` turns that into an error.
@@ -99,8 +99,8 @@ def status() -> ExtensionStatus:
     else:
         part = library.with_name(f"_calls{_native.SUFFIX}")
         try:
-            # The one that may be missing from an older build first: _ops cannot be unloaded, and
-            # the plain-torch ops need its ops' names.
+            # _ops last: where a part is missing, formulas in plain torch take the names of its ops,
+            # which a library once loaded keeps.
             calls = _native.import_file(part)
             part = library
             torch.ops.load_library(library)

@@ -167,6 +167,25 @@ def test_broken_library_tells_the_loaders_own_words(
     assert "invalid ELF header" in str(found.reason) or "file too short" in str(found.reason)
 
 
+def test_a_build_without_the_calls_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = {"torch": str(torch.__version__), "capabilities": ("DEFAULT",)}
+    (folder / f"_C{SUFFIX}").touch()
+    real = _native.import_file
+
+    def imported(path: Path) -> Any:
+        return (
+            SimpleNamespace(build_info=lambda: info) if path.name.startswith("_C.") else real(path)
+        )
+
+    monkeypatch.setattr(_native, "import_file", imported)
+    found = _load.status()
+    missing = folder / f"_calls{SUFFIX}"
+    assert str(found.reason).startswith(f"{missing} cannot be loaded: ")
+    assert "pip install" in str(found.mend)
+    assert not found.compiled
+    assert found.calls is None
+
+
 FALLBACK = """
 import warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -181,9 +200,11 @@ print(sum(w.category.__name__ == "ExtensionWarning" for w in caught))
 """
 
 
-def run_without_build(tmp_path: Path, required: str) -> subprocess.CompletedProcess[str]:
-    """Runs FALLBACK on a copy of the package that has no compiled files."""
-    ignored = shutil.ignore_patterns("*.so", "__pycache__", "export")
+def run_without_build(
+    tmp_path: Path, required: str, without: str = "*.so"
+) -> subprocess.CompletedProcess[str]:
+    """Runs FALLBACK on a copy of the package that has no compiled files, or not those."""
+    ignored = shutil.ignore_patterns(without, "__pycache__", "export")
     shutil.copytree(ROOT / "gauge_ext", tmp_path / "gauge_ext", ignore=ignored)
     return subprocess.run(
         [sys.executable, "-c", FALLBACK],
@@ -194,8 +215,10 @@ def run_without_build(tmp_path: Path, required: str) -> subprocess.CompletedProc
     )
 
 
-def test_package_without_build_computes_the_same(tmp_path: Path) -> None:
-    done = run_without_build(tmp_path, required="")
+@pytest.mark.parametrize("without", ["*.so", "_calls*.so", "_ops*.so"])
+def test_package_without_build_computes_the_same(tmp_path: Path, without: str) -> None:
+    # A half of a build, as an older one is, must not leave ops behind where ours are to be put.
+    done = run_without_build(tmp_path, required="", without=without)
     assert done.returncode == 0, done.stderr
     file, count = done.stdout.split()
     assert Path(file).is_relative_to(tmp_path)
