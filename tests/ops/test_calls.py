@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 from typing import Any
@@ -239,24 +238,25 @@ def test_autocast_casts_the_base() -> None:
 def test_other_threads_run_python_meanwhile() -> None:
     x, weight = torch.ones(512, 512), torch.ones(512, 512)
     a, b = torch.ones(8, 512), torch.ones(512, 8)
-    gate, ran = threading.Lock(), []
+    gate, ran, kept = threading.Lock(), [], []
 
     def other() -> None:
         with gate:
             ran.append(True)
 
+    thread = threading.Thread(target=other)
     before = sys.getswitchinterval()
-    with contextlib.ExitStack() as stack:
-        gate.acquire()
-        thread = threading.Thread(target=other)
-        stack.callback(thread.join)
-        thread.start()
-        # From here on a thread that has Python's lock keeps it until it gives it away.
-        stack.callback(sys.setswitchinterval, before)
-        sys.setswitchinterval(1000.0)
-        gate.release()
+    # From here on a thread that has Python's lock keeps it until it gives it away.
+    sys.setswitchinterval(1000.0)
+    try:
+        with gate:
+            thread.start()  # and runs as far as the gate
         for _ in range(100):
-            lora_linear(x, weight, None, a, b, 1.0)
+            # Kept, as torch gives the lock away when it frees a tensor.
+            kept.append(lora_linear(x, weight, None, a, b, 1.0))
             if ran:
                 break
         assert ran
+    finally:
+        sys.setswitchinterval(before)
+        thread.join()
