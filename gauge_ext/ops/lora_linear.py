@@ -169,7 +169,7 @@ def _register_fallback() -> torch.library.Library:
 
 _CUDA = _load.load().cuda
 _calls = _load.load().calls
-# The op by a shorter way than torch.ops, for what it does not return NotImplemented
+# The op by a shorter way than torch.ops; NotImplemented from what it leaves to that
 _call = None if _calls is None else _calls.lora_linear
 if _load.load().compiled:
     _register_compiled()
