@@ -48,14 +48,6 @@ using BackwardSchema = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tenso
                                                                                     TensorList,
                                                                                     bool,
                                                                                     bool);
-using LinearSchema = Tensor(const Tensor&,
-                            const Tensor&,
-                            const OptionalTensor&,
-                            const Tensor&,
-                            const Tensor&,
-                            double,
-                            double,
-                            const OptionalTensor&);
 
 // Member by member, for whatever differentiates through operators or batches them.
 std::vector<Tensor> group_composite(const Tensor& x,
@@ -67,7 +59,7 @@ std::vector<Tensor> group_composite(const Tensor& x,
                                     double dropout_p,
                                     TensorList seeds) {
   check_group_lengths(weights, biases.size(), lora_As, lora_Bs, scalings, dropout_p, seeds);
-  static const auto linear = find<LinearSchema>("gauge_ext::lora_linear");
+  static const auto linear = find<LoraLinearSchema>("gauge_ext::lora_linear");
   std::vector<Tensor> ys;
   for (size_t i = 0; i < weights.size(); ++i) {
     ys.push_back(linear.call(x, weights[i], biases.get(i), lora_As[i], lora_Bs[i], scalings[i],
