@@ -131,7 +131,7 @@ void AdaptedLayer<scalar_t>::forward(const acc_t* x,
   constexpr bool kHalf = !std::is_same_v<scalar_t, acc_t>;
   const auto& kernels = low_rank_kernels<acc_t>();
   const bool native = kHalf && native_bfloat16();
-  const bool small = !native && weight_columns_ == 1 && small_product(n_.rows);
+  const bool small = !native && weight_columns_ == 1 && small_product(n_.rows, in, kHalf);
   const bool merged = !native && !small && !dropout_.active() &&
                       merged_forward(n_.rows, in, out, hidden != nullptr);
   if (native) {

@@ -14,8 +14,9 @@ enum class Choice { kAuto, kAlways, kNever };
 bool merged_forward(int64_t rows, int64_t in, int64_t out, bool wants_hidden);
 bool merged_backward(int64_t rows, int64_t in, int64_t out);
 
-// GAUGE_EXT_SMALL=auto|always|never: our own product for few rows, instead of BLAS.
-bool small_product(int64_t rows);
+// GAUGE_EXT_SMALL=auto|always|never: our own product for few rows, instead of BLAS; `converts`
+// says that the weight is in another type than it is multiplied in.
+bool small_product(int64_t rows, int64_t in, bool converts);
 
 // GAUGE_EXT_BFLOAT16=auto|native|float32: multiply bfloat16 matrices by torch's bfloat16 product,
 // or by the float32 one on panels converted as they are needed. By itself a processor that has

@@ -5,6 +5,7 @@
 // rows of X.
 
 #include <cstdint>
+#include <type_traits>
 
 #include "ops/cpu/tiles.h"
 
@@ -12,8 +13,11 @@ namespace gauge_ext {
 namespace {
 
 // Tiles of 4 x 3 and of 3 x 4 fill the registers alike, so that X's rows can be cut into fours and
-// threes, and W's rows into twelves.
+// threes, and W's rows into twelves. Where W is converted on the way, 16 registers are too few for
+// the first: then threes and twos.
 constexpr int64_t kSkinnyBlock = 12;
+template <typename scalar_t, typename acc_t>
+constexpr int kSkinnyRows = std::is_same_v<scalar_t, acc_t> || kVectorRegisters == 32 ? 4 : 3;
 
 template <int ROWS, int WIDE, typename scalar_t, typename acc_t>
 void skinny_rows(ConstView<acc_t> x,
@@ -41,17 +45,19 @@ void skinny_product(const acc_t* x,
                     int64_t count,
                     acc_t* y,
                     int64_t y_stride) {
+  constexpr int kMost = kSkinnyRows<scalar_t, acc_t>;
+  constexpr int kWide = kSkinnyBlock / kMost;
   const ConstView<acc_t> all{x, width};
-  const int64_t threes = (4 - rows % 4) % 4;
+  const int64_t lesser = (kMost - rows % kMost) % kMost;
   for (int64_t j = 0; j < count; j += kSkinnyBlock) {
     const int64_t part = std::min(kSkinnyBlock, count - j);
     const ConstView<scalar_t> w{weight + j * weight_stride, weight_stride};
     int64_t i = 0;
-    for (int64_t n = 0; n < threes && i + 3 <= rows; ++n, i += 3) {
-      skinny_rows<3, 4>(all.from(i, 0), width, w, part, y + i * y_stride + j, y_stride);
+    for (int64_t n = 0; n < lesser && i + kMost - 1 <= rows; ++n, i += kMost - 1) {
+      skinny_rows<kMost - 1, 4>(all.from(i, 0), width, w, part, y + i * y_stride + j, y_stride);
     }
-    for (; i + 4 <= rows; i += 4) {
-      skinny_rows<4, 3>(all.from(i, 0), width, w, part, y + i * y_stride + j, y_stride);
+    for (; i + kMost <= rows; i += kMost) {
+      skinny_rows<kMost, kWide>(all.from(i, 0), width, w, part, y + i * y_stride + j, y_stride);
     }
     if (rows - i == 2) {
       skinny_rows<2, 4>(all.from(i, 0), width, w, part, y + i * y_stride + j, y_stride);
