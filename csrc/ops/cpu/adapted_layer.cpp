@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
@@ -15,6 +16,10 @@ namespace {
 
 // A converted part of a weight has so many elements at most: it is written, and read once or twice.
 constexpr int64_t kConvertedElements = int64_t(1) << 22;
+// With few rows it is the weight that takes the time, so a part should stay in the cache of the
+// thread that wrote it; with many, x would be read and packed once for each part.
+constexpr int64_t kFewRows = 64;
+constexpr int64_t kCachedElements = int64_t(1) << 17;
 
 // Contiguous, or the transpose of what is.
 at::Tensor with_unit_stride(const at::Tensor& weight) {
@@ -86,7 +91,9 @@ void AdaptedLayer<scalar_t>::for_weight(bool merged, const F& body) {
     }
   }
   const int64_t in = n_.in_features, out = n_.out_features;
-  const int64_t step = std::clamp<int64_t>(kConvertedElements / std::max<int64_t>(in, 1), 1, out);
+  const int64_t most =
+      n_.rows <= kFewRows ? kCachedElements * at::get_num_threads() : kConvertedElements;
+  const int64_t step = std::clamp<int64_t>(most / std::max<int64_t>(in, 1), 1, out);
   if (converted_.data() == nullptr) {
     converted_ = Buffer<acc_t>(step * in);
   }

@@ -67,9 +67,9 @@ bool small_product(int64_t rows, int64_t in, bool converts) {
   if (const Choice forced = choices().small; forced != Choice::kAuto) {
     return forced == Choice::kAlways;
   }
-  // Measured. Ours adds up the lanes of a register for each element of y, for which long rows are
-  // needed, and converts each element of W once for three rows, where BLAS gets W converted once.
-  return rows <= (converts ? 8 : in < 768 ? 16 : 32);
+  // Measured. Ours adds up the lanes of a register for each element of y, which short rows are not
+  // worth; but BLAS would have to get W converted.
+  return rows <= (in < 768 && !converts ? 16 : 32);
 }
 
 bool native_bfloat16() {

@@ -45,13 +45,23 @@ void dot_tile(ConstView<acc_t> x,
   repeat<ROWS * RANK>([&](int n) GAUGE_EXT_INLINE { sum[n / RANK][n % RANK] = Vec<acc_t>{}; });
   int64_t column = 0;
   for (; column + kWidth<acc_t> <= width; column += kWidth<acc_t>) {
-    Vec<acc_t> r[RANK];
-    repeat<RANK>([&](int j)
-                     GAUGE_EXT_INLINE { r[j] = load_as<right_t, acc_t>(right.row(j) + column); });
-    repeat<ROWS>([&](int i) GAUGE_EXT_INLINE {
-      const Vec<acc_t> value = load<acc_t>(x.row(i) + column);
-      repeat<RANK>([&](int j) GAUGE_EXT_INLINE { sum[i][j] += value * r[j]; });
-    });
+    // The fewer operands wait in registers for the others, which come one by one.
+    if constexpr (ROWS < RANK) {
+      Vec<acc_t> value[ROWS];
+      repeat<ROWS>([&](int i) GAUGE_EXT_INLINE { value[i] = load<acc_t>(x.row(i) + column); });
+      repeat<RANK>([&](int j) GAUGE_EXT_INLINE {
+        const Vec<acc_t> r = load_as<right_t, acc_t>(right.row(j) + column);
+        repeat<ROWS>([&](int i) GAUGE_EXT_INLINE { sum[i][j] += value[i] * r; });
+      });
+    } else {
+      Vec<acc_t> r[RANK];
+      repeat<RANK>([&](int j)
+                       GAUGE_EXT_INLINE { r[j] = load_as<right_t, acc_t>(right.row(j) + column); });
+      repeat<ROWS>([&](int i) GAUGE_EXT_INLINE {
+        const Vec<acc_t> value = load<acc_t>(x.row(i) + column);
+        repeat<RANK>([&](int j) GAUGE_EXT_INLINE { sum[i][j] += value * r[j]; });
+      });
+    }
   }
   repeat<ROWS>([&](int i) GAUGE_EXT_INLINE {
     acc_t total[RANK];
