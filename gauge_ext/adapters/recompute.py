@@ -150,6 +150,10 @@ def _layer_norm(node: Node) -> Compute | None:
     return compute
 
 
+def _result(node: Node) -> Compute:
+    return lambda: node._saved_result
+
+
 def _cast(node: Node) -> Compute | None:
     source = _compute_of(node.next_functions[0][0])
     if source is None:
@@ -174,7 +178,10 @@ _TABLE: dict[str, Callable[[Node], Compute | None]] = {
     ),
     "MulBackward0": _product,
     "NativeLayerNormBackward0": _layer_norm,
+    "ReluBackward0": _result,
+    "SigmoidBackward0": _result,
     "SiluBackward0": lambda node: lambda: F.silu(node._saved_self),
+    "TanhBackward0": _result,
     "ToCopyBackward0": _cast,
     "UnsafeViewBackward0": _view,
     "ViewBackward0": _view,

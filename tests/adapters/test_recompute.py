@@ -44,6 +44,9 @@ MADE: dict[str, Callable[[Tensor], Tensor]] = {
     "view": lambda h: F.silu(h).view(2, ROWS // 2, WIDTH),
     "reshaped": lambda h: F.silu(h).reshape(-1, WIDTH),
     "cast": lambda h: F.silu(h.float()).double(),
+    "dropped relu": lambda h: F.dropout(F.relu(h), 0.3),
+    "quick gelu": lambda h: h * torch.sigmoid(1.702 * h),
+    "scaled tanh": lambda h: torch.tanh(h) * 0.5,
     "scaled": lambda h: F.gelu(h) * 0.5,
     "scaled in place": lambda h: F.gelu(h).mul_(0.5),
 }
