@@ -15,10 +15,10 @@ import json
 import multiprocessing
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import peft
 import torch
 import transformers
 import typer
@@ -75,6 +75,8 @@ def adapted(name: str, model: nn.Module, dropout: float) -> nn.Module:
             recompute_inputs(model)
         return model
     if name == PEFT:
+        import peft  # here, as it takes seconds that the other processes do not need
+
         peft_config = peft.LoraConfig(
             r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear"
         )
@@ -147,11 +149,10 @@ def measure(
     against = interleaved({n: steps[n] for n in (OURS, PEFT)}, OURS, rounds=max(3, rounds // 2))
     saved = {name: kept_bytes(found[name], tokens) for name in NAMES}
     del found, steps
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peak = {
-            name: pool.apply(peak_growth, (name, model, quick, dropout, shape, threads))
-            for name in NAMES
-        }
+    # Memory is the same beside others: what takes long in each process is what it imports.
+    with multiprocessing.get_context("spawn").Pool(maxtasksperchild=1) as pool:
+        tasks = [(name, model, quick, dropout, shape, threads) for name in NAMES]
+        peak = dict(zip(NAMES, pool.starmap(peak_growth, tasks, chunksize=1), strict=True))
     return {
         "model": model,
         "dropout": dropout,
@@ -229,7 +230,7 @@ def main(
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     console = Console(width=max(110, Console().width))
-    facts = {**machine(), "peft": peft.__version__, "transformers": transformers.__version__}
+    facts = {**machine(), "peft": version("peft"), "transformers": transformers.__version__}
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
     rows = []
     for name in model or MODELS:
