@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
 import warnings
 from collections.abc import Callable
@@ -151,7 +152,8 @@ def measure(
     saved = {name: kept_bytes(found[name], tokens) for name in names}
     del found, steps
     # Memory is the same beside others: what takes long in each process is what it imports.
-    with multiprocessing.get_context("spawn").Pool(maxtasksperchild=1) as pool:
+    workers = min(len(names), os.cpu_count() or 1)
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
         tasks = [(name, model, quick, dropout, shape, threads) for name in names]
         peak = dict(zip(names, pool.starmap(peak_growth, tasks, chunksize=1), strict=True))
     rounds_apart = zip(timings[PEFT].seconds, timings[OURS].seconds, strict=True)

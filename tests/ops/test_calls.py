@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def call(given: dict[str, Any]) -> Any:
 class Overriding(Tensor):
     """A tensor that notes the functions called with it."""
 
-    called: list[str] = []  # noqa: RUF012 - cleared by the test
+    called: ClassVar[list[str]] = []
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

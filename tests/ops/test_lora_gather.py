@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from closeness import assert_close
@@ -186,8 +188,8 @@ def test_the_reference_agrees() -> None:
         ({"index": torch.zeros(2, 4).long()}, "index must have the first batch dimensions of x"),
     ],
 )
-def test_wrong_arguments_say_what_was_expected(change: dict[str, object], message: str) -> None:
-    arguments: dict[str, object] = {
+def test_wrong_arguments_say_what_was_expected(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
         "x": torch.ones(2, 4),
         "weight": torch.ones(3, 4),
         "bias": torch.ones(3),
@@ -197,4 +199,4 @@ def test_wrong_arguments_say_what_was_expected(change: dict[str, object], messag
         "index": torch.tensor([0, -1]),
     }
     with pytest.raises(RuntimeError, match=message):
-        lora_gather(**(arguments | change))  # type: ignore[arg-type]
+        lora_gather(**(arguments | change))
